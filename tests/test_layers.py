@@ -1,0 +1,72 @@
+"""The layers import downward only, and importing the package costs no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    ("compress.errors",),
+    ("compress.numerics",),
+    ("compress.encodings", "compress.architectures"),
+    ("compress.model", "compress.source", "compress.permutation"),
+    ("compress.data", "compress.artifact", "compress.blocks"),
+    ("compress.interfaces",),
+    ("compress.plugin",),
+    ("compress.steps", "evaluators", "export"),
+    ("compress.gate",),
+    ("compress.yaml_nodes", "compress.validation", "compress.recipe_schema", "compress.recipe", "compress.store"),
+    ("compress.plan", "compress.record", "compress.measure", "compress.parity"),
+    ("compress.report",),
+    ("compress.run",),
+    ("compress.cli",),
+]  # fmt: skip
+
+
+def layer(module: str) -> int:
+    """Position of a module in the stack, by its longest matching prefix."""
+    for i, prefixes in enumerate(LAYERS):
+        if any(module == p or module.startswith(p + ".") for p in prefixes):
+            return i
+    raise AssertionError(f"{module} is in no layer: add it to LAYERS where it belongs")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            base = node.module
+            inside = [f"{base}.{alias.name}" for alias in node.names]
+            found |= {m if (ROOT / (m.replace(".", "/") + ".py")).is_file() else base for m in inside}
+    return {m for m in found if m.split(".")[0] in ("compress", "evaluators", "export") and m != "compress"}
+
+
+def test_imports_point_downward():
+    seen = 0
+    for package in ("compress", "evaluators", "export"):
+        for path in (ROOT / package).rglob("*.py"):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            if module == "compress":
+                continue  # the public API points at everything, lazily
+            for target in imports(path):
+                seen += 1
+                assert layer(target) <= layer(module), f"{module} imports {target}, which lies above it"
+    assert seen > 50
+
+
+def test_a_step_imports_no_other_step():
+    for path in (ROOT / "compress" / "steps").rglob("*.py"):
+        for target in imports(path):
+            if target.startswith("compress.steps."):
+                assert target.rsplit(".", 1)[1].startswith("_"), f"{path} imports the step {target}"
+
+
+def test_import_is_lean():
+    code = "import sys, compress, compress.cli, compress.recipe, compress.run, compress.report\n"
+    code += "print(sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'llama_cpp'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
