@@ -1,0 +1,123 @@
+"""Per-architecture facts, as tables: which tensors exist, their shapes, and how channels connect them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.errors import RecipeError
+
+# Sizes of a tensor's axes, by symbol; `Facts` computes them from a config.
+# residual: the hidden state. q, kv: query and key/value heads times head size. mlp: the MLP's inner width.
+_LLAMA_LINEARS = {
+    "self_attn.q_proj": ("q", "residual"),
+    "self_attn.k_proj": ("kv", "residual"),
+    "self_attn.v_proj": ("kv", "residual"),
+    "self_attn.o_proj": ("residual", "q"),
+    "mlp.gate_proj": ("mlp", "residual"),
+    "mlp.up_proj": ("mlp", "residual"),
+    "mlp.down_proj": ("residual", "mlp"),
+}
+# Linears of a block that read the same activation, in the order in which a block computes them.
+_LLAMA_STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of the parts of a decoder: (out, in) axis symbols per linear, stages, norms and embedding."""
+
+    model_type: str  # transformers' config.model_type
+    linears: Mapping[str, tuple[str, str]]
+    stages: tuple[tuple[str, ...], ...]
+    block_norms: tuple[str, ...]  # norms over the residual stream
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+
+def _llama_like(model_type: str) -> Architecture:
+    norms = ("input_layernorm", "post_attention_layernorm")
+    return Architecture(model_type, _LLAMA_LINEARS, _LLAMA_STAGES, norms)
+
+
+ARCHITECTURES = {name: _llama_like(name) for name in ("llama", "mistral", "qwen2", "qwen3")}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model from its config alone, before any weight is read."""
+
+    architecture: Architecture
+    layers: int
+    sizes: Mapping[str, int]  # axis symbol → size
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context_length: int
+    tied: bool
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> Facts:
+        """Facts of a transformers config (as a dict); raises RecipeError for an unknown architecture."""
+        kind = config.get("model_type")
+        if kind not in ARCHITECTURES:
+            raise RecipeError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        heads = config["num_attention_heads"]
+        head_size = config.get("head_dim") or config["hidden_size"] // heads
+        kv_heads = config.get("num_key_value_heads") or heads
+        sizes = {
+            "residual": config["hidden_size"],
+            "q": heads * head_size,
+            "kv": kv_heads * head_size,
+            "mlp": config["intermediate_size"],
+        }
+        return Facts(
+            architecture=ARCHITECTURES[kind],
+            layers=config["num_hidden_layers"],
+            sizes=sizes,
+            heads=heads,
+            kv_heads=kv_heads,
+            vocabulary=config["vocab_size"],
+            context_length=config["max_position_embeddings"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.sizes["q"] // self.heads
+
+    @property
+    def embedding_tensor(self) -> str:
+        """Tensor name of the token embedding (also the output head, where tied)."""
+        return f"{self.architecture.embedding}.weight"
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Module name → (out_features, in_features) of every linear inside the blocks."""
+        return {
+            f"{self.architecture.blocks}.{i}.{name}": (self.sizes[out], self.sizes[inn])
+            for i in range(self.layers)
+            for name, (out, inn) in self.architecture.linears.items()
+        }
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Tensor name → shape of every stored matrix: block linears, embedding, and the head unless tied."""
+        found = {f"{name}.weight": shape for name, shape in self.linears.items()}
+        found[self.embedding_tensor] = (self.vocabulary, self.sizes["residual"])
+        if not self.tied:
+            found[f"{self.architecture.head}.weight"] = (self.vocabulary, self.sizes["residual"])
+        return found
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the matrices (norms and biases, under 0.1 %, left out)."""
+        return sum(n * m for n, m in self.matrices.values())

@@ -1,0 +1,161 @@
+"""How a weight is stored: the encodings, and tensors held in one of them.
+
+An `Encoding` is a value; an `EncodedTensor` is what evaluation decodes and exporters write. Codes and
+scales are the single truth: the float32 weight of a module always equals `decode()` of its encoded tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compress.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AFFINE_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
+NAMES = (*AFFINE_BITS, *FLOAT_DTYPES)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A storage format of a weight matrix.
+
+    name: one of `NAMES`. group_size: input channels that share a scale (affine only; None = a whole row).
+    symmetric: codes are signed without a zero point.
+
+    Symmetric affine codes lie in [-2^(b-1), 2^(b-1) - 1] with *signed* float16 scales, except int8, which
+    uses [-127, 127]; asymmetric codes lie in [0, 2^b - 1] with an integer zero point: w = (q - z) * s, so
+    that zero is always represented exactly.
+    """
+
+    name: str
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise RecipeError(f"unknown encoding {self.name!r}; known: {', '.join(NAMES)}")
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the encoding stores integer codes with scales."""
+        return self.name in AFFINE_BITS
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code (or of one float)."""
+        return AFFINE_BITS.get(self.name) or FLOAT_BITS[self.name]
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code of an affine encoding.
+
+        >>> Encoding("int4", 32).code_range, Encoding("int8", 32).code_range
+        ((-8, 7), (-127, 127))
+        >>> Encoding("int4", 32, symmetric=False).code_range
+        (0, 15)
+        """
+        if not self.symmetric:
+            return 0, 2**self.bits - 1
+        return (-127, 127) if self.bits == 8 else (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups per row; raises RecipeError where the group size does not divide."""
+        size = self.group_size or in_features
+        if in_features % size:
+            fits = next(g for g in range(min(size, in_features), 0, -1) if in_features % g == 0)
+            raise RecipeError(
+                f"{in_features} input channels are not a multiple of group_size={size}; use group_size={fits}"
+            )
+        return in_features // size
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Stored bits per weight, scales and zero points included.
+
+        >>> Encoding("int4", 32).bits_per_weight(576)
+        4.5
+        """
+        if not self.is_affine:
+            return float(self.bits)
+        overhead = 16 + (0 if self.symmetric else self.bits)
+        return self.bits + overhead * self.groups(in_features) / in_features
+
+    def __str__(self) -> str:
+        if not self.is_affine:
+            return self.name
+        group = f" g{self.group_size}" if self.group_size else " per channel"
+        return f"{self.name}{group}{'' if self.symmetric else ' asymmetric'}"
+
+
+@dataclass
+class EncodedTensor:
+    """A weight matrix (n, m) in an encoding.
+
+    codes: (n, m) int8 (symmetric), uint8 (asymmetric), or the float values themselves for float encodings.
+    scales: (n, groups) float16, affine only. zero_points: (n, groups) uint8, asymmetric only.
+    """
+
+    encoding: Encoding
+    codes: Tensor
+    scales: Tensor | None = None
+    zero_points: Tensor | None = None
+
+    def decode(self) -> Tensor:
+        """The weight in float32: (codes - zero_points) * scales, (n, m)."""
+        if not self.encoding.is_affine:
+            return self.codes.float()
+        assert self.scales is not None
+        n, m = self.codes.shape
+        grouped = self.codes.float().view(n, self.scales.shape[1], -1)
+        if self.zero_points is not None:
+            grouped = grouped - self.zero_points.float().unsqueeze(-1)
+        return (grouped * self.scales.float().unsqueeze(-1)).view(n, m)
+
+    @property
+    def nominal_bytes(self) -> float:
+        """Bytes of codes, scales and zero points when packed without padding."""
+        return self.codes.numel() * self.encoding.bits_per_weight(self.codes.shape[1]) / 8
+
+
+def describe(name: str) -> str:
+    """One line on an encoding, for people.
+
+    >>> describe("int4")
+    'integer codes -8…7, a float16 scale per group (0…15 with zero points if asymmetric)'
+    """
+    if name in FLOAT_DTYPES:
+        return f"{FLOAT_DTYPES[name]}, unscaled"
+    low, high = Encoding(name, 32).code_range
+    return (
+        f"integer codes {low}…{high}, a float16 scale per group "
+        f"(0…{2 ** AFFINE_BITS[name] - 1} with zero points if asymmetric)"
+    )
+
+
+def same_stored(a: EncodedTensor, b: EncodedTensor) -> bool:
+    """Whether two encoded tensors hold the same codes and, per weight, the same scales and zero points.
+
+    Scales repeated over smaller groups (g64 stored as two equal g32 scales) count as the same; -0.0 and
+    0.0 scales do not, since stored bytes are compared.
+    """
+    import torch
+
+    if a.codes.shape != b.codes.shape or not torch.equal(a.codes, b.codes):
+        return False
+    for x, y in ((a.scales, b.scales), (a.zero_points, b.zero_points)):
+        if (x is None) != (y is None):
+            return False
+        if x is None or y is None:
+            continue
+        width = max(x.shape[1], y.shape[1])
+        if width % x.shape[1] or width % y.shape[1] or x.dtype != y.dtype:
+            return False
+        x = x.repeat_interleave(width // x.shape[1], dim=1).contiguous()
+        y = y.repeat_interleave(width // y.shape[1], dim=1).contiguous()
+        if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+            return False
+    return a.codes.dtype == b.codes.dtype

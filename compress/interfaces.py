@@ -1,0 +1,226 @@
+"""What the parts of `compress` promise one another: language models, steps, evaluators and exporters.
+
+A plug-in is one class in one file; its pydantic fields *are* its YAML. Importing a plug-in must not import
+torch, so that recipes are validated, and cached runs answered, without it: heavy imports stand inside methods.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.architectures import Facts
+    from compress.encodings import EncodedTensor, Encoding
+    from compress.model import Model
+
+Progress = Callable[[str, float], None]
+"""Called with a label and the finished fraction in [0, 1]."""
+
+
+class LanguageModel(Protocol):
+    """A causal language model in whatever runtime executes it: torch, llama.cpp or onnxruntime."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what is executed: weights and config."""
+
+    @property
+    def runtime(self) -> str:
+        """Runtime, version and what else decides its numbers, e.g. "llama.cpp (llama-cpp-python 0.3.36)"."""
+
+    @property
+    def compute(self) -> str:
+        """Weight dtype and activation precision, e.g. "int4 g32 weights, int8 activations"."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the logits."""
+
+    @property
+    def context_length(self) -> int:
+        """Longest window."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a generation."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as this runtime tokenizes it, without special tokens added."""
+
+    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """One float32 tensor (len(window), vocabulary) per window, in order; row t predicts token t + 1.
+
+        Consume each before asking for the next: implementations may re-use memory.
+        """
+
+    def decode_logits(self, window: Sequence[int]) -> Tensor:
+        """The same as `logits` for one window, computed token by token through the key-value cache."""
+
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation of the prompt, up to and including the first end-of-sequence token."""
+
+    def close(self) -> None:
+        """Release the runtime's memory."""
+
+
+class Plugin(BaseModel):
+    """Base of every plug-in: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: ClassVar[str]
+    version: ClassVar[int] = 1  # raised when results change: it is part of every cache key
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step may use besides the model.
+
+    calibration, selection: windows of token ids, each (length,) int64. teacher opens the recipe's baseline.
+    """
+
+    seed: int
+    calibration: Sequence[Tensor] = ()
+    selection: Sequence[Tensor] = ()
+    teacher: Callable[[], Model] | None = None
+    progress: Progress = lambda label, fraction: None
+    notes: list[str] = field(default_factory=list)  # what the report must say about this step
+
+
+class Step(Plugin, ABC):
+    """One compression method. `apply` changes the model in place."""
+
+    recovers: ClassVar[bool] = False  # can win back quality that an earlier step lost
+    packs: ClassVar[bool] = False  # stores weights in an encoding: nothing may train them afterwards
+    masks: ClassVar[bool] = False  # leaves masks that later steps must keep
+    uses_calibration: ClassVar[bool] = False
+    uses_selection: ClassVar[bool] = False
+
+    def check(self, facts: Facts) -> None:
+        """Refuse, before weights load, what cannot work on this model; raises RecipeError."""
+
+    def encodings(self, facts: Facts) -> Mapping[str, Encoding]:
+        """Encoding per tensor name that this step will store, as far as shapes tell; empty if it packs none."""
+        return {}
+
+    @abstractmethod
+    def apply(self, model: Model, context: Context) -> None:
+        """Compress the model in place; raises NumericalError naming the layer on non-finite numbers."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One unit of evaluation. Units of one cluster are not independent of each other."""
+
+    id: str
+    cluster: str
+    payload: Any
+
+
+@dataclass(frozen=True)
+class Score:
+    """An example's measured total over `weight` scored positions, with further totals by name.
+
+    positions: the values per scored position, where percentiles over positions are reported.
+    """
+
+    id: str
+    total: float
+    weight: float
+    extra: Mapping[str, float] = field(default_factory=dict)
+    positions: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Documents:
+    """One evaluation source: its name, its documents in gate order as (id, text), and its digest."""
+
+    source: str
+    documents: Sequence[tuple[str, str]]
+    digest: str
+    length: int = 512  # tokens per window
+
+
+class Evaluator(Plugin, ABC):
+    """A measurement that a gate can check; the fields are the check's YAML.
+
+    `statistic` names the decision rule: "mean" (paired asymptotic confidence sequence over
+    sum(loss) - margin * weight per example) or "exact" (a deterministic quantity, compared directly).
+    """
+
+    against: Literal["baseline", "parent"] = "baseline"
+    confidence: float = Field(0.95, gt=0.5, lt=1.0, allow_inf_nan=False)
+    max_documents: int | None = Field(None, ge=1)
+
+    unit: ClassVar[str]  # of the additive loss, e.g. "nats per token"
+    definition: ClassVar[str]  # one sentence, printed in reports
+    statistic: ClassVar[Literal["mean", "exact"]] = "mean"
+    minimum_examples: ClassVar[int] = 50
+    relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)
+    margin_fields: ClassVar[frozenset[str]] = frozenset()  # fields that move the margin but no score
+
+    @property
+    @abstractmethod
+    def margin(self) -> float:
+        """Largest loss that passes, in the additive unit per unit of weight."""
+
+    def examples(self, data: Documents, encode: Callable[[str], list[int]]) -> list[Example]:
+        """The examples of one source, in the given order; called with consecutive slices of its documents."""
+        raise TypeError(f"{self.name} looks at no documents")
+
+    def score(
+        self, model: LanguageModel, batch: Sequence[Example], reference: LanguageModel | None = None
+    ) -> list[Score]:
+        """Scores of a batch, in its order. The loss of an example is its total minus the reference's total;
+        a `relative` evaluator is given the reference and returns the loss itself.
+        """  # noqa: D205
+        raise TypeError(f"{self.name} scores no examples")
+
+    def measure(self, size_bytes: int, bits_per_weight: float) -> float:
+        """The quantity of an "exact" evaluator, from the real files of the model."""
+        raise TypeError(f"{self.name} is not an exact measurement")
+
+    def display(self, loss: float) -> str:
+        """A loss per unit of weight as a reader wants it, e.g. "+3.2 % perplexity"."""
+        return f"{loss:+.4f} {self.unit}"
+
+    def value(self, scores: Sequence[Score]) -> float:
+        """The metric itself over scores of one model, e.g. perplexity; the mean per unit of weight by default."""
+        return sum(s.total for s in scores) / sum(s.weight for s in scores)
+
+    def details(self, scores: Sequence[Score]) -> dict[str, float]:
+        """Further figures for the report, by name."""
+        return {}
+
+
+class Exporter(Plugin, ABC):
+    """A file format with its runtime."""
+
+    runtime: ClassVar[str]
+    extra: ClassVar[str]  # the optional dependency group that provides the runtime
+
+    @abstractmethod
+    def refuses(self, encoding: Encoding, tensor: str) -> str | None:
+        """Why this format cannot hold the tensor's encoding exactly, or None."""
+
+    def check(self, facts: Facts) -> None:
+        """Refuse, before weights load, an architecture this exporter cannot write; raises RecipeError."""
+
+    @abstractmethod
+    def write(self, model: Model, out: Path) -> None:
+        """Write the model's very codes, scales and floats into the empty folder `out`."""
+
+    @abstractmethod
+    def open(self, path: Path) -> LanguageModel:
+        """Open what `write` wrote in the runtime that will execute it, at the shipped settings."""
+
+    @abstractmethod
+    def stored(self, path: Path) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
+        """Every tensor read back from the files, under the model's own names and in its own layout."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions: the mathematics that steps, evaluators and exporters share."""

@@ -1,0 +1,88 @@
+"""Finding plug-ins by name: shipped ones by their path, third-party ones by entry point.
+
+`quantize.rtn` is the class with `name = "quantize.rtn"` in compress/steps/quantize/rtn.py; an entry point in
+the group `compress.steps`, `compress.evaluators` or `compress.exporters` with the full name adds another.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TypeVar
+
+from compress.errors import RecipeError
+from compress.interfaces import Evaluator, Exporter, Plugin, Step
+
+P = TypeVar("P", bound=Plugin)
+
+_ROOTS = {"step": "compress.steps", "evaluator": "evaluators", "exporter": "export"}
+_BASES: dict[str, type[Plugin]] = {"step": Step, "evaluator": Evaluator, "exporter": Exporter}
+
+
+def step(name: str) -> type[Step]:
+    """The step class called `name`; raises RecipeError with the nearest known names."""
+    return _find("step", name, Step)  # type: ignore[type-abstract]
+
+
+def evaluator(name: str) -> type[Evaluator]:
+    """The evaluator class called `name`; raises RecipeError with the nearest known names."""
+    return _find("evaluator", name, Evaluator)  # type: ignore[type-abstract]
+
+
+def exporter(name: str) -> type[Exporter]:
+    """The exporter class called `name`; raises RecipeError with the nearest known names."""
+    return _find("exporter", name, Exporter)  # type: ignore[type-abstract]
+
+
+@cache
+def names(kind: str) -> tuple[str, ...]:
+    """Every known name of a kind ("step", "evaluator", "exporter"), sorted."""
+    return tuple(sorted({*_shipped(kind), *_third_party(kind)}))
+
+
+def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
+    """A hint for a misspelt word, or the list of what is known."""
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if not close:  # a bare last component is the commonest slip: "rtn" for "quantize.rtn"
+        close = [name for name in known if name.rsplit(".", 1)[-1] == word]
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _find(kind: str, name: str, base: type[P]) -> type[P]:
+    module = _shipped(kind).get(name)
+    if module is not None:
+        for value in vars(importlib.import_module(module)).values():
+            if isinstance(value, type) and issubclass(value, base) and vars(value).get("name") == name:
+                return value
+        raise TypeError(f"{module} defines no {kind} with name = {name!r}")
+    if entry := _third_party(kind).get(name):
+        value = importlib.import_module(entry.split(":")[0])
+        for part in entry.split(":")[1].split("."):
+            value = getattr(value, part)
+        if not (isinstance(value, type) and issubclass(value, base)):
+            raise RecipeError(f"entry point {entry} for {kind} {name!r} is no subclass of {base.__name__}")
+        return value
+    raise RecipeError(f"unknown {kind} {name!r}; {nearest(name, names(kind))}")
+
+
+@cache
+def _shipped(kind: str) -> dict[str, str]:
+    """Name → module of the files of a room; a file that starts with an underscore is a helper."""
+    spec = importlib.util.find_spec(_ROOTS[kind])
+    assert spec is not None and spec.submodule_search_locations
+    found = {}
+    for folder in map(Path, spec.submodule_search_locations):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if not any(part.startswith("_") for part in parts):
+                found[".".join(parts)] = ".".join((_ROOTS[kind], *parts))
+    return found
+
+
+@cache
+def _third_party(kind: str) -> dict[str, str]:
+    return {entry.name: entry.value for entry in entry_points(group=f"compress.{kind}s")}
