@@ -1,0 +1,208 @@
+"""Artifacts: a model's very codes, scales, masks and floats in an immutable folder, named by its digest.
+
+model.safetensors   <module>.codes .scales .zero_points .mask; other tensors under their own names
+config.json, generation_config.json, tokenizer files
+compression.json    encodings and shapes, sizes, sha256 of every other file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.encodings import EncodedTensor, Encoding
+from compress.errors import Corrupt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.model import Model
+
+MANIFEST = "compression.json"
+SCHEMA = "compress.artifact/1"
+
+
+def save(model: Model, folder: Path) -> str:
+    """Write the model into `folder` (created, atomically: complete or absent); returns the artifact's digest."""
+    from safetensors.torch import save_file
+
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors, encodings = _flatten(model)
+    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    (temporary / "config.json").write_text(model.module.config.to_json_string(use_diff=False))
+    model.module.generation_config.save_pretrained(temporary)
+    model.tokenizer.save_pretrained(temporary)
+    manifest = {
+        "schema": SCHEMA,
+        "name": model.name,
+        "model_digest": model.digest,
+        "encodings": encodings,
+        "parameters": sum(p.numel() for p in model.module.parameters()),
+        "bits_per_weight": bits_per_weight(model),
+        "size_bytes": (temporary / "model.safetensors").stat().st_size,
+        "files": {p.name: file_sha256(p) for p in sorted(temporary.iterdir())},
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    (temporary / MANIFEST).write_text(text)
+    publish(temporary, folder)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Make a finished temporary folder visible under its name: fsync, rename, fsync of the parent."""
+    for file in (p for p in temporary.rglob("*") if p.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The artifact's manifest; raises Corrupt where it is missing or not ours."""
+    try:
+        loaded: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise Corrupt(f"{folder}: no readable {MANIFEST} ({error})") from None
+    if loaded.get("schema") != SCHEMA:
+        raise Corrupt(f"{folder}: schema {loaded.get('schema')!r}, expected {SCHEMA!r}")
+    return loaded
+
+
+def digest(folder: Path) -> str:
+    """The artifact's digest: sha256 of its manifest, which holds the digest of every other file."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Re-check every file against the manifest; raises Corrupt naming the first that differs."""
+    for name, expected in manifest(folder)["files"].items():
+        file = folder / name
+        if not file.is_file() or file_sha256(file) != expected:
+            raise Corrupt(f"{file}: bytes do not match the manifest (expected sha256 {expected[:12]}…)")
+
+
+def load(folder: Path, dtype: str = "float32") -> Model:
+    """Open an artifact exactly as it was saved: encodings, masks and float tensors."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from compress.model import Model
+
+    facts = manifest(folder)
+    tensors = load_file(folder / "model.safetensors")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    encoded = {n: _read_encoded(n, spec, tensors) for n, spec in facts["encodings"].items()}
+    masks = _read_masks(tensors, module)
+    state = {n: t for n, t in tensors.items() if not n.endswith((".codes", ".scales", ".zero_points", ".mask"))}
+    state.update({name: tensor.decode() for name, tensor in encoded.items()})
+    _materialize(module, state)
+    module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = Model(module, tokenizer, dtype, name=facts["name"])
+    model.encoded, model.masks = encoded, masks
+    if model.digest != facts["model_digest"]:
+        raise Corrupt(f"{folder}: its tensors are not those that were saved")
+    return model
+
+
+def bits_per_weight(model: Model) -> float:
+    """Stored bits per weight over every tensor: codes, scales, zero points, embeddings and norms."""
+    import torch
+
+    bits = weights = 0.0
+    for _, tensor in model.tensors():
+        if isinstance(tensor, torch.Tensor):
+            bits, weights = bits + 32 * tensor.numel(), weights + tensor.numel()
+        else:
+            bits, weights = bits + 8 * tensor.nominal_bytes, weights + tensor.codes.numel()
+    return bits / weights
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flatten(model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import torch
+
+    from compress.numerics.packing import pack
+
+    tensors: dict[str, Tensor] = {}
+    encodings: dict[str, Any] = {}
+    for name, tensor in model.tensors():
+        if isinstance(tensor, torch.Tensor):
+            tensors[name] = tensor.contiguous()
+            continue
+        module, encoding = name.removesuffix(".weight"), tensor.encoding
+        encodings[name] = {
+            "name": encoding.name,
+            "group_size": encoding.group_size,
+            "symmetric": encoding.symmetric,
+            "shape": list(tensor.codes.shape),
+        }
+        tensors[f"{module}.codes"] = pack(tensor.codes, encoding.bits) if encoding.is_affine else tensor.codes
+        if tensor.scales is not None:
+            tensors[f"{module}.scales"] = tensor.scales.contiguous()
+        if tensor.zero_points is not None:
+            tensors[f"{module}.zero_points"] = tensor.zero_points.contiguous()
+    for name, mask in model.masks.items():
+        tensors[f"{name.removesuffix('.weight')}.mask"] = pack(mask.to(torch.uint8), 1)
+    return tensors, encodings
+
+
+def _read_encoded(name: str, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> EncodedTensor:
+    from compress.numerics.packing import unpack
+
+    encoding = Encoding(spec["name"], spec["group_size"], spec["symmetric"])
+    module = name.removesuffix(".weight")
+    codes = tensors[f"{module}.codes"]
+    if encoding.is_affine:
+        codes = unpack(codes, encoding.bits, tuple(spec["shape"]), signed=encoding.symmetric)
+    return EncodedTensor(encoding, codes, tensors.get(f"{module}.scales"), tensors.get(f"{module}.zero_points"))
+
+
+def _read_masks(tensors: Mapping[str, Tensor], module: Any) -> dict[str, Tensor]:
+    from compress.numerics.packing import unpack
+
+    masks = {}
+    for key in (k for k in tensors if k.endswith(".mask")):
+        name = key.removesuffix(".mask") + ".weight"
+        masks[name] = unpack(tensors[key], 1, tuple(module.get_parameter(name).shape), signed=False).bool()
+    return masks
+
+
+def _materialize(module: Any, state: dict[str, Tensor]) -> None:
+    """Fill a meta-device module with `state`; buffers that are no weights (rotary tables) are computed anew."""
+    import torch
+
+    module.load_state_dict(state, strict=False, assign=True)
+    module.tie_weights()
+    left = [n for n, p in module.named_parameters() if p.is_meta]
+    if left:
+        raise Corrupt(f"tensor {left[0]} is missing from model.safetensors")
+    for name, child in module.named_modules():
+        if any(b.is_meta for b in child.buffers(recurse=False)):
+            if not hasattr(child, "rope_type"):
+                raise Corrupt(f"module {name} has a buffer that its config does not determine")
+            with torch.device("cpu"):
+                fresh = type(child)(module.config)
+            parent = module.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], fresh)

@@ -1,0 +1,123 @@
+"""Walking a decoder block by block over calibration data, each block fed by the already changed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import NumericalError, RecipeError
+from compress.model import Model
+
+Observer = Callable[[tuple[str, ...], Tensor], None]
+"""Called with the linears that share an input, and that input: (tokens, in_features) float32."""
+
+
+class Block:
+    """One decoder block and the hidden states that enter it.
+
+    linears: full module name → linear. index: position in the stack.
+    """
+
+    def __init__(self, index: int, module: nn.Module, model: Model, states: list[Tensor], arguments: dict[str, Any]):
+        arch = model.facts.architecture
+        self.index, self.module = index, module
+        self._prefix = f"{arch.blocks}.{index}"
+        self._stages = arch.stages
+        self._states, self._arguments = states, arguments
+        self.linears: dict[str, nn.Linear] = {}
+        for name in arch.linears:
+            linear = module.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            self.linears[f"{self._prefix}.{name}"] = linear
+
+    @property
+    def stages(self) -> list[tuple[str, ...]]:
+        """Full names of the linears, grouped by shared input, in the order of computation."""
+        return [tuple(f"{self._prefix}.{name}" for name in stage) for stage in self._stages]
+
+    @torch.inference_mode()
+    def observe(self, callback: Observer) -> None:
+        """Run the block over all hidden states and report the input of each group of linears."""
+        hooks = []
+        for names in self.stages:
+
+            def report(_: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...] = names) -> None:
+                callback(names, inputs[0].flatten(0, -2).float())
+
+            hooks.append(self.linears[names[0]].register_forward_pre_hook(report))
+        try:
+            for states in self._states:
+                self._run(states)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.inference_mode()
+    def advance(self) -> list[Tensor]:
+        """The hidden states that leave the block, with its weights as they are now."""
+        return [self._run(states) for states in self._states]
+
+    def _run(self, states: Tensor) -> Tensor:
+        # bfloat16 products are safe inside a block; the residual stream stays float32.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = self.module(states, **self._arguments)
+        states_out: Tensor = (out[0] if isinstance(out, tuple) else out).float()
+        if not torch.isfinite(states_out).all():
+            raise NumericalError(f"{self._prefix}: non-finite hidden states on the calibration data")
+        return states_out
+
+
+def walk(
+    model: Model,
+    windows: Sequence[Tensor],
+    progress: Callable[[str, float], None] = lambda label, fraction: None,
+    windows_per_batch: int = 8,
+) -> Iterator[Block]:
+    """Yield the decoder's blocks in order; a block changed by the caller feeds the next one.
+
+    windows: (length,) int64 each, all of one length. Raises RecipeError without calibration data.
+    """
+    if not windows:
+        raise RecipeError("this step needs calibration data; the calibration set holds no window")
+    lengths = {len(w) for w in windows}
+    if len(lengths) != 1:
+        raise RecipeError(f"calibration windows differ in length: {sorted(lengths)[:3]}")
+    blocks = model.module.get_submodule(model.facts.architecture.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    stacked = torch.stack(list(windows))
+    states, arguments = _enter(model, blocks[0], list(torch.split(stacked, windows_per_batch)))
+    for index, module in enumerate(blocks):
+        progress(f"block {index + 1}/{len(blocks)}", index / len(blocks))
+        block = Block(index, module, model, states, arguments)
+        yield block
+        if index + 1 < len(blocks):
+            states = block.advance()
+    progress("blocks", 1.0)
+
+
+class _Captured(Exception):  # noqa: N818 - a signal, not an error
+    """Leaves the forward pass once the first block's arguments are known."""
+
+
+@torch.inference_mode()
+def _enter(model: Model, first: nn.Module, batches: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
+    """Hidden states that enter the first block, and the keyword arguments (positions, rotary tables) of all."""
+    caught: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def capture(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        caught.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
+        raise _Captured
+
+    hook = first.register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        for batch in batches:
+            try:
+                model.module.base_model(input_ids=batch, use_cache=False)
+            except _Captured:
+                pass
+    finally:
+        hook.remove()
+    return [states.float() for states, _ in caught], caught[0][1]

@@ -1,0 +1,194 @@
+"""The torch model under compression: a transformers module, its tokenizer, and the stored form of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.architectures import Facts
+from compress.encodings import EncodedTensor
+from compress.errors import CompressError, NumericalError
+
+_NOT_CONTENT = ("_name_or_path", "transformers_version")  # config entries that change no output
+
+
+class Model:
+    """A causal language model in torch, with the encodings and masks of its weights.
+
+    module: float32 transformers model in eval mode; the float32 weight of an encoded tensor always equals
+    the decoded encoding. encoded, masks: by tensor name, as in `named_parameters`. dtype: of matrix products
+    in evaluation ("float32" or "bfloat16"); weights stay float32. name: for people, never part of the digest.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        tokenizer: Any,
+        dtype: str = "float32",
+        name: str = "model",
+        tokens_per_batch: int = 4096,
+    ):
+        self.module = module.eval()
+        self.name = name
+        self.tokenizer = tokenizer
+        self.facts = Facts.from_config(module.config.to_dict())
+        self.encoded: dict[str, EncodedTensor] = {}
+        self.masks: dict[str, Tensor] = {}
+        self.dtype = dtype
+        self.tokens_per_batch = tokens_per_batch  # bounds activations: a few MB per 100 tokens
+        self._digest: str | None = None
+
+    # --- stored form -------------------------------------------------------------------------------------
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter called `name`, e.g. "model.layers.0.mlp.up_proj.weight"."""
+        parameter = self.module.get_parameter(name)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @torch.no_grad()
+    def store(self, name: str, encoded: EncodedTensor) -> None:
+        """Hold the tensor `name` in an encoding from now on, and write its decoded values into the module.
+
+        Raises NumericalError for non-finite values, CompressError where a masked weight is not zero.
+        """
+        decoded = encoded.decode()
+        if not torch.isfinite(decoded).all():
+            raise NumericalError(f"{name}: {encoded.encoding} produced non-finite weights")
+        if name in self.masks and decoded[~self.masks[name]].any():
+            raise CompressError(f"{name}: {encoded.encoding} would resurrect pruned weights")
+        self.parameter(name).copy_(decoded)
+        self.encoded[name] = encoded
+        self.touch()
+
+    def touch(self) -> None:
+        """Forget the digest: weights have changed."""
+        self._digest = None
+
+    def tensors(self) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
+        """Every stored tensor once, in module order; a head tied to the embedding is left out."""
+        for name, parameter in self.module.named_parameters():
+            yield name, self.encoded.get(name, parameter.detach())
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the config and every stored tensor: names, codes, scales, zero points, floats."""
+        if self._digest is None:
+            config = self.module.config.to_dict()
+            config = {key: config[key] for key in sorted(config) if key not in _NOT_CONTENT}
+            sha = hashlib.sha256(json.dumps(config, default=str).encode())
+            for name, tensor in self.tensors():
+                parts = [tensor] if isinstance(tensor, Tensor) else [tensor.codes, tensor.scales, tensor.zero_points]
+                sha.update(f"{name}:{'' if isinstance(tensor, Tensor) else tensor.encoding}".encode())
+                for part in parts:
+                    if part is not None:
+                        sha.update(part.contiguous().view(torch.uint8).numpy().data)
+            self._digest = sha.hexdigest()
+        return self._digest
+
+    # --- language model ----------------------------------------------------------------------------------
+
+    @property
+    def runtime(self) -> str:
+        """The runtime and its version."""
+        return f"torch {torch.__version__}"
+
+    @property
+    def compute(self) -> str:
+        """Weight dtype and precision of matrix products."""
+        kinds = sorted({str(e.encoding) for e in self.encoded.values()}) or ["float32"]
+        return f"{' + '.join(kinds)} weights, {self.dtype} products"
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the logits."""
+        return self.facts.vocabulary
+
+    @property
+    def context_length(self) -> int:
+        """Longest window the position embedding was made for."""
+        return self.facts.context_length
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a generation."""
+        ids = self.module.generation_config.eos_token_id
+        return frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; nothing is added before or after, special-token texts are recognized."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @torch.inference_mode()
+    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """One float32 (len(window), vocabulary) tensor per window, in order.
+
+        Windows run in batches of similar length, padded on the right: under a causal mask padding cannot
+        reach an earlier position. Only hidden states are kept; the head runs window by window.
+        """
+        hidden: dict[int, Tensor] = {}
+        order = sorted(range(len(windows)), key=lambda i: len(windows[i]))
+        for batch in _batches(order, [len(w) for w in windows], self.tokens_per_batch):
+            width = max(len(windows[i]) for i in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            for row, i in enumerate(batch):
+                ids[row, : len(windows[i])] = torch.tensor(windows[i])
+            with self._autocast():
+                states = self.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden.update((i, states[row, : len(windows[i])].clone()) for row, i in enumerate(batch))
+        head = self.module.get_output_embeddings()
+        for i in range(len(windows)):
+            with self._autocast():
+                logits = head(hidden.pop(i))
+            yield logits.float()
+
+    @torch.inference_mode()
+    def decode_logits(self, window: Sequence[int]) -> Tensor:
+        """Logits of one window, (len(window), vocabulary), fed token by token through the cache."""
+        rows, cache = [], None
+        for token in window:
+            with self._autocast():
+                out = self.module(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            rows.append(out.logits[0, -1].float())
+        return torch.stack(rows)
+
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation, up to and including the first end-of-sequence token."""
+        tokens, cache, ids = [], None, torch.tensor([list(prompt)])
+        for _ in range(max_new_tokens):
+            with self._autocast():
+                out = self.module(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            token = int(out.logits[0, -1].argmax())
+            tokens.append(token)
+            if token in self.eos_ids:
+                break
+            ids = torch.tensor([[token]])
+        return tokens
+
+    def close(self) -> None:
+        """Drop the weights."""
+        del self.module
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Consecutive runs of `order` whose padded size stays within `budget` tokens (at least one each)."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * max(lengths[i], max(lengths[j] for j in batch)) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

