@@ -1,0 +1,1 @@
+"""Compression steps: one method per file, found by its path."""
