@@ -1,0 +1,1 @@
+"""Evaluators: one measurement per file, found by its name."""

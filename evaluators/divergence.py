@@ -1,0 +1,71 @@
+"""Divergence: how far the model's predictions are from the reference's, whatever the right answer was."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field
+
+from compress.interfaces import Example, LanguageModel, Score
+from evaluators._windows import WindowEvaluator, flatten
+
+
+class Divergence(WindowEvaluator):
+    """Mean KL(reference‖model) per token, with Jensen–Shannon divergence and top-1 agreement beside it."""
+
+    name: ClassVar[str] = "divergence"
+    unit: ClassVar[str] = "nats per token"
+    definition: ClassVar[str] = (
+        "mean KL(reference‖model) of the next-token distributions over the same windows as perplexity; "
+        "asymptotic, since the mean of an unbounded quantity has no distribution-free bound."
+    )
+    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_mean"})
+    minimum_examples: ClassVar[int] = 100
+    relative: ClassVar[bool] = True
+
+    max_mean: float = Field(gt=0, allow_inf_nan=False)
+
+    @property
+    def margin(self) -> float:
+        """Largest mean divergence, in nats per token."""
+        return self.max_mean
+
+    def score(
+        self, model: LanguageModel, batch: Sequence[Example], reference: LanguageModel | None = None
+    ) -> list[Score]:
+        """Summed KL in nats per document, and the values per token; row t is about token t + 1.
+
+        The last row of a window predicts a token that is not scored, and is left out as in perplexity.
+        """
+        from compress.numerics.divergence import divergence
+
+        if reference is None:
+            raise TypeError("divergence compares with a reference model, and none was given")
+        windows = flatten(model, batch)
+        pairs = zip(reference.logits(windows), model.logits(windows), strict=True)
+        scores = []
+        for example in batch:
+            kl, js, agree = array("f"), 0.0, 0.0
+            total = 0.0
+            for _ in example.payload:
+                p, q = next(pairs)
+                d = divergence(p[:-1], q[:-1])
+                kl.extend(d.kl.tolist())
+                total += d.kl.sum().item()
+                js, agree = js + d.js.sum().item(), agree + d.agree.sum().item()
+            scores.append(Score(example.id, total, len(kl), {"js": js, "top1": agree}, kl))
+        return scores
+
+    def details(self, scores: Sequence[Score]) -> dict[str, float]:
+        """Mean Jensen–Shannon divergence, top-1 agreement, and the 99.9th percentile of KL over tokens."""
+        import numpy as np
+
+        tokens = sum(s.weight for s in scores)
+        kl = np.concatenate([np.asarray(s.positions, dtype=np.float32) for s in scores])
+        return {
+            "js": sum(s.extra["js"] for s in scores) / tokens,
+            "top1": sum(s.extra["top1"] for s in scores) / tokens,
+            "p999": float(np.percentile(kl, 99.9)),
+        }

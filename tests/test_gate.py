@@ -1,0 +1,589 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from compress.errors import RecipeError
+from compress.gate import (
+    CheckResult,
+    Gate,
+    GateResult,
+    Rule,
+    Sizes,
+    _Memo,
+    batches,
+    combine,
+    compare,
+    decide,
+    interval,
+    minimum_detectable,
+    score_key,
+)
+from compress.interfaces import Documents
+from compress.numerics.sequences import detectable, mixture_variance, width
+from evaluators.divergence import Divergence
+from evaluators.footprint import Footprint
+from evaluators.perplexity import Perplexity
+from tests.tiny import documents, perturbed, tiny_model
+
+MARGIN = math.log(1.05)
+RULE = Rule(margin=MARGIN, alpha_pass=0.05, alpha_fail=0.05, planned=200, minimum=50)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny matrices gain nothing from threads, and lose much where processors are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- decisions over arrays ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "verdict"),
+    [
+        (0.0, 0.05, "PASS"),  # exactly at the margin is within it
+        (0.0, 0.0500001, "INCONCLUSIVE"),
+        (0.05, 0.06, "INCONCLUSIVE"),  # exactly at the margin is not beyond it
+        (0.0500001, 0.06, "FAIL"),
+        (-0.2, -0.1, "PASS"),
+        (math.nan, 0.01, "INVALID"),
+        (0.0, math.nan, "INVALID"),
+        (math.nan, math.nan, "INVALID"),
+        (-math.inf, 0.0, "INVALID"),
+        (0.1, math.inf, "INVALID"),
+    ],
+)
+def test_compare(lower, upper, verdict):
+    assert compare(lower, upper, 0.05) == verdict
+
+
+@pytest.mark.parametrize("margin", [math.nan, math.inf])
+def test_a_margin_that_is_not_finite_passes_nothing(margin):
+    assert compare(0.0, 0.0, margin) == "INVALID"
+
+
+def test_combine():
+    assert combine(["PASS"]) == combine(["PASS", "PASS"]) == "PASS"
+    assert combine([]) == "INVALID"
+    assert combine(["PASS", "INCONCLUSIVE"]) == "INCONCLUSIVE"
+    assert combine(["INCONCLUSIVE", "INVALID", "PASS"]) == "INVALID"
+    assert combine(["INVALID", "PASS", "FAIL", "INCONCLUSIVE"]) == "FAIL"
+
+
+def sample(n, loss, seed=0, spread=0.05):
+    rng = np.random.default_rng(seed)
+    weights = np.round(np.clip(rng.lognormal(np.log(97), 0.6, n), 2, 511))
+    return weights * (loss + spread * rng.standard_normal(n)), weights
+
+
+def test_interval_is_the_sequence_over_losses_less_their_margin():
+    losses, weights = sample(120, 0.02)
+    rule = replace(RULE, alpha_pass=0.05, alpha_fail=0.0125)
+    z = [a - MARGIN * w for a, w in zip(losses, weights)]
+    mean = sum(z) / 120
+    sd = (sum((x - mean) ** 2 for x in z) / 119) ** 0.5
+    down = width(120, sd, 0.0125, mixture_variance(0.0125, 200))
+    up = width(120, sd, 0.05, mixture_variance(0.05, 200))
+    mean_weight = sum(weights) / 120
+    loss, lower, upper = interval(losses, weights, rule)
+    assert loss == pytest.approx(sum(losses) / sum(weights), rel=1e-12)
+    assert upper == pytest.approx(MARGIN + (mean + up) / mean_weight, rel=1e-9)
+    assert lower == pytest.approx(MARGIN + (mean - down) / mean_weight, rel=1e-9)
+    assert loss - lower > upper - loss  # FAIL needs the stricter level
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(0.0, "PASS"), (MARGIN, "INCONCLUSIVE"), (0.12, "FAIL")])
+def test_decisions_on_clear_data(loss, verdict):
+    found = decide(*sample(120, loss), RULE, identical=False)
+    assert found.verdict == verdict
+    assert found.lower < found.loss < found.upper
+
+
+def test_nothing_is_decided_before_the_minimum():
+    losses, weights = sample(50, 0.0)
+    assert decide(losses[:49], weights[:49], RULE, identical=False).verdict == "INCONCLUSIVE"
+    assert decide(losses, weights, RULE, identical=False).verdict == "PASS"
+    early = decide(losses[:49], weights[:49], RULE, identical=True)
+    assert early.verdict == "INCONCLUSIVE" and math.isnan(early.upper)
+    assert decide(losses[:0], weights[:0], RULE, identical=False).verdict == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("n", [1, 60])
+def test_losses_and_weights_that_are_not_finite_are_invalid(bad, n):
+    losses, weights = sample(n, 0.0)
+    spoilt = losses.copy()
+    spoilt[0] = bad
+    assert decide(spoilt, weights, RULE, identical=False).verdict == "INVALID"
+    assert decide(spoilt, weights, RULE, identical=True).verdict == "INVALID"
+    spoilt = weights.copy()
+    spoilt[0] = bad
+    assert decide(losses, spoilt, RULE, identical=False).verdict == "INVALID"
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0])
+def test_an_example_without_positions_is_invalid(weight):
+    losses, weights = sample(60, 0.0)
+    weights[5] = weight
+    assert decide(losses, weights, RULE, identical=False).verdict == "INVALID"
+
+
+def test_equal_losses_are_invalid_unless_the_weights_are_identical():
+    _, weights = sample(60, 0.0)
+    zeros, constant = np.zeros(60), np.full(60, 0.5)
+    assert decide(zeros, weights, RULE, identical=False).verdict == "INVALID"
+    assert decide(constant, weights, RULE, identical=False).verdict == "INVALID"
+    assert decide(constant, weights, RULE, identical=True).verdict == "INVALID"
+    same = decide(zeros, weights, RULE, identical=True)
+    assert (same.verdict, same.loss, same.lower, same.upper) == ("PASS", 0, 0, 0)
+    # losses proportional to weights have no variance once the margin is taken off
+    assert decide(MARGIN * weights, weights, RULE, identical=False).verdict == "INVALID"
+
+
+def test_identical_weights_do_not_excuse_a_loss():
+    losses, weights = sample(120, 0.12)
+    assert decide(losses, weights, RULE, identical=True).verdict == "FAIL"
+
+
+def test_losses_too_large_for_a_bound_are_invalid():
+    losses, weights = sample(60, 0.0)
+    with np.errstate(over="ignore"):
+        assert decide(losses * 1e200, weights, RULE, identical=False).verdict == "INVALID"
+
+
+@settings(max_examples=200, deadline=None)  # shared processors: time is no property
+@given(
+    arrays.arrays(np.float64, st.integers(50, 80), elements=st.floats(-5, 5)),
+    st.integers(0, 1000),
+    st.floats(0.001, 1),
+)
+def test_properties_of_a_decision(per_token, seed, margin):
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(2, 500, len(per_token)).astype(float)
+    losses, rule = per_token * weights, replace(RULE, margin=margin)
+    assume(np.std(losses - margin * weights) > 1e-3)
+    found = decide(losses, weights, rule, identical=False)
+    assume(found.verdict != "INVALID")
+    assert found.lower <= found.loss <= found.upper
+    assert (found.verdict == "PASS") == (found.upper <= margin)
+    assert (found.verdict == "FAIL") == (found.lower > margin)
+    order = rng.permutation(len(losses))  # the order of the examples of one look does not matter
+    assert decide(losses[order], weights[order], rule, False).upper == pytest.approx(found.upper, abs=1e-9)
+    double = decide(2 * losses, weights, replace(rule, margin=2 * margin), False)  # nor does the unit of loss
+    assert double.upper == pytest.approx(2 * found.upper, rel=1e-9, abs=1e-9)
+    stricter = decide(losses, weights, replace(rule, alpha_pass=0.01, alpha_fail=0.01), False)
+    assert stricter.upper > found.upper and stricter.lower < found.lower
+
+
+# --- error rates under sequential looks --------------------------------------------------------------------
+
+RUNS, DOCUMENTS = 4000, 400
+
+
+def error_rates(loss, seed, tail):
+    """Fractions (PASS, FAIL) and median n over runs of 400 documents with a look after every 16.
+
+    Documents: log-normal lengths as in encyclopedia summaries (median 97 tokens); the loss per token varies
+    between documents by a component of its own and one that averages out with length.
+    """
+    rng = np.random.default_rng(seed)
+    weights = np.round(np.clip(rng.lognormal(np.log(97), 0.6, (RUNS, DOCUMENTS)), 2, 511))
+    losses = weights * (loss + tail(rng, weights.shape) * (0.05 + 0.35 / np.sqrt(weights)))
+    z = losses - MARGIN * weights
+    passed, failed, stopped = np.zeros(RUNS, bool), np.zeros(RUNS, bool), np.full(RUNS, DOCUMENTS)
+    rho2 = mixture_variance(RULE.alpha_pass, RULE.planned)
+    for n in range(64, DOCUMENTS + 1, 16):  # the first multiple of 16 that is at least the minimum of 50
+        mean, sd = z[:, :n].mean(1), z[:, :n].std(1, ddof=1)
+        bound = width(n, 1.0, RULE.alpha_pass, rho2) * sd
+        open_ = ~(passed | failed)
+        newly_passed, newly_failed = open_ & (mean + bound <= 0), open_ & (mean - bound > 0)
+        passed, failed = passed | newly_passed, failed | newly_failed
+        stopped[newly_passed | newly_failed] = n
+    one = next(i for i in range(RUNS) if stopped[i] == 64) if (stopped == 64).any() else 0
+    found = decide(losses[one, :64], weights[one, :64], RULE, identical=False).verdict
+    assert (found == "PASS") == bool(passed[one] and stopped[one] == 64)  # simulated what the gate decides
+    return passed.mean(), failed.mean(), np.median(stopped)
+
+
+def heavy(rng, shape):
+    """Student's t with 4 degrees of freedom (infinite kurtosis), unit variance."""
+    return rng.standard_t(4, shape) / math.sqrt(2)
+
+
+def skewed(rng, shape):
+    """A log-normal with skewness 1.75, centred, unit variance: many small losses, few large ones."""
+    x = rng.lognormal(0, 0.5, shape)
+    return (x - math.exp(0.125)) / math.sqrt((math.exp(0.25) - 1) * math.exp(0.25))
+
+
+MONTE_CARLO = 3 * math.sqrt(0.05 * 0.95 / RUNS)  # three standard errors of a rate of 5 %
+
+
+@pytest.mark.parametrize("tail", [heavy, skewed])
+def test_at_most_5_percent_pass_at_a_true_loss_of_the_margin(tail):
+    passed, _, _ = error_rates(MARGIN, seed=1, tail=tail)
+    assert 0 < passed <= 0.05 + MONTE_CARLO
+
+
+def test_at_most_5_percent_fail_at_a_true_loss_of_the_margin():
+    _, failed, _ = error_rates(MARGIN, seed=2, tail=heavy)
+    assert 0 < failed <= 0.05 + MONTE_CARLO
+    _, failed, _ = error_rates(MARGIN, seed=3, tail=lambda rng, shape: -skewed(rng, shape))
+    assert 0 < failed <= 0.05 + MONTE_CARLO
+
+
+def test_a_lossless_model_passes_and_a_bad_one_fails_early():
+    passed, failed, median = error_rates(0.0, seed=4, tail=heavy)
+    assert passed > 0.99 and failed == 0 and median == 64
+    passed, failed, median = error_rates(2 * MARGIN, seed=5, tail=heavy)
+    assert failed > 0.99 and passed == 0 and median == 64
+
+
+def test_minimum_detectable_is_in_the_units_of_the_gate():
+    check = Perplexity(max_increase="5%")
+    assert minimum_detectable(check, 200, 0.1) == detectable(200, 0.1, 0.05, mixture_variance(0.05, 200))
+    assert minimum_detectable(check, 800, 0.1) == detectable(800, 0.1, 0.05, mixture_variance(0.05, 200))
+    assert minimum_detectable(check, 200, 0.1, attempts=4) > minimum_detectable(check, 200, 0.1)
+    assert minimum_detectable(check, 50, 0.1) < math.inf
+    assert minimum_detectable(check, 49, 0.1) == math.inf
+    assert minimum_detectable(Footprint(max_mb=80), 1, 0.1) == 0
+
+
+# --- gates over models -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def near(baseline):
+    return perturbed(baseline, 0.01)
+
+
+@pytest.fixture(scope="module")
+def far(baseline):
+    return perturbed(baseline, 1.0)
+
+
+PERPLEXITY, DIVERGENCE = Perplexity(max_increase="5%"), Divergence(max_mean=0.08)
+
+
+def gate(*checks):
+    return Gate(tuple(checks))
+
+
+def test_a_near_model_passes_and_stops_early(baseline, near):
+    result = gate(PERPLEXITY, DIVERGENCE).evaluate(near, baseline, [documents(160)])
+    perplexity, divergence = result.checks
+    assert result.verdict == perplexity.verdict == divergence.verdict == "PASS"
+    assert 50 <= perplexity.examples < 80 and 100 <= divergence.examples < 130
+    assert perplexity.upper <= perplexity.margin == pytest.approx(MARGIN)
+    assert divergence.reference == 0 and divergence.value == pytest.approx(divergence.loss)
+    assert math.log(perplexity.value / perplexity.reference) == pytest.approx(perplexity.loss, abs=1e-12)
+    assert set(divergence.details) == {"js", "top1", "p999"} and 0.9 < divergence.details["top1"] <= 1
+    assert perplexity.definition == PERPLEXITY.definition
+
+
+def test_a_far_model_fails(baseline, far):
+    result = gate(PERPLEXITY, DIVERGENCE).evaluate(far, baseline, [documents(160)])
+    assert [check.verdict for check in result.checks] == ["FAIL", "FAIL"]
+    assert all(check.lower > check.margin for check in result.checks)
+    assert result.verdict == "FAIL"
+
+
+@pytest.mark.parametrize("max_documents", [None, 70])
+def test_a_loss_at_the_margin_is_inconclusive_on_all_documents(baseline, far, max_documents):
+    data, count = documents(120), max_documents or 120
+    scores = [PERPLEXITY.score(m, PERPLEXITY.examples(data, m.encode)[:count]) for m in (far, baseline)]
+    increase = PERPLEXITY.value(scores[0]) / PERPLEXITY.value(scores[1]) - 1
+    at_margin = Perplexity(max_increase=f"{100 * increase}%", max_documents=max_documents)
+    check = gate(at_margin).evaluate(far, baseline, [data]).checks[0]
+    assert check.verdict == "INCONCLUSIVE"
+    assert check.examples == count
+    assert check.loss == pytest.approx(check.margin, rel=1e-6)
+    assert check.lower < check.margin < check.upper
+
+
+def test_the_worst_source_decides(baseline, near):
+    good, short = documents(80), documents(20, seed=1, source="short")
+    result = gate(PERPLEXITY).evaluate(near, baseline, [good, short])
+    assert [(c.source, c.verdict) for c in result.checks] == [("words", "PASS"), ("short", "INVALID")]
+    assert result.verdict == "INVALID"
+    assert "20 examples, and at least 50 are needed" in result.checks[1].definition
+
+
+def test_levels_account_for_attempts_and_for_the_number_of_checks(baseline, near):
+    data = [documents(64), documents(64, seed=1, source="more")]
+    one = gate(PERPLEXITY).evaluate(near, baseline, data[:1]).checks[0]
+    tried = gate(PERPLEXITY).evaluate(near, baseline, data[:1], attempts=4).checks[0]
+    two = gate(PERPLEXITY, Perplexity(max_increase="6%")).evaluate(near, baseline, data).checks
+    n, ratio = one.examples, {}
+    for alpha in (0.05, 0.0125):
+        ratio[alpha] = width(n, 1, alpha, mixture_variance(alpha, 64)) / width(n, 1, 0.05, mixture_variance(0.05, 64))
+    assert tried.examples == n
+    assert (tried.upper - tried.loss) / (one.upper - one.loss) == pytest.approx(ratio[0.0125], rel=1e-6)
+    assert (tried.loss - tried.lower) / (one.loss - one.lower) == pytest.approx(ratio[0.0125], rel=1e-6)
+    assert len(two) == 4  # k = 4: two checks on two sources
+    assert two[0].upper - two[0].loss == pytest.approx(one.upper - one.loss, rel=1e-6)
+    assert (two[0].loss - two[0].lower) / (one.loss - one.lower) == pytest.approx(ratio[0.0125], rel=1e-6)
+    with pytest.raises(ValueError, match="at least 1"):
+        gate(PERPLEXITY).evaluate(near, baseline, data, attempts=0)
+
+
+def test_the_same_weights_pass_with_no_loss(baseline):
+    result = gate(PERPLEXITY, DIVERGENCE).evaluate(tiny_model(), baseline, [documents(120)])
+    assert result.verdict == "PASS"
+    assert [(c.loss, c.lower, c.upper) for c in result.checks] == [(0.0, 0.0, 0.0)] * 2
+
+
+def test_other_weights_without_any_loss_are_invalid(baseline):
+    twin = tiny_model()
+    with torch.no_grad():  # a token that never occurs: the digest differs, and no score does
+        twin.parameter("model.embed_tokens.weight")[255] += 1
+    twin.touch()
+    assert twin.digest != baseline.digest
+    check = gate(PERPLEXITY).evaluate(twin, baseline, [documents(160)]).checks[0]
+    assert check.verdict == "INVALID" and "losses are equal" in check.definition
+
+
+def test_a_model_is_never_compared_with_itself(baseline):
+    with pytest.raises(ValueError, match="same object"):
+        gate(PERPLEXITY).evaluate(baseline, baseline, [documents(60)])
+
+
+def test_nan_logits_are_invalid_at_once_and_null_in_json(baseline):
+    broken = perturbed(baseline, math.nan)
+    result = gate(PERPLEXITY, DIVERGENCE).evaluate(broken, baseline, [documents(160)])
+    assert result.verdict == "INVALID"
+    assert [(c.verdict, c.examples) for c in result.checks] == [("INVALID", 16)] * 2
+    assert all("not finite" in check.definition for check in result.checks)
+    written = json.loads(result.model_dump_json(), parse_constant=pytest.fail)
+    assert written["checks"][0]["upper"] is None and written["checks"][1]["details"]["p999"] is None
+    json.dumps(result.model_dump(), allow_nan=False)
+    assert math.isnan(GateResult.model_validate(written).checks[0].upper)
+
+
+def test_a_nan_reference_is_invalid(baseline, near):
+    broken = perturbed(baseline, math.nan)
+    assert gate(PERPLEXITY).evaluate(near, broken, [documents(60)]).verdict == "INVALID"
+    assert gate(DIVERGENCE).evaluate(near, broken, [documents(120)]).verdict == "INVALID"
+
+
+@pytest.mark.parametrize("data", [[], [documents(0)], [Documents("blank", [("a", ""), ("b", "x")], "d", 64)]])
+def test_an_empty_corpus_passes_nothing(baseline, near, data):
+    result = gate(PERPLEXITY).evaluate(near, baseline, data)
+    assert result.verdict == "INVALID"
+    assert [check.examples for check in result.checks] == [0]
+
+
+def test_no_checks_are_refused():
+    with pytest.raises(RecipeError, match="prove nothing"):
+        Gate(())
+
+
+def test_documents_with_one_id_are_invalid(baseline, near):
+    data = documents(60)
+    twice = replace(data, documents=[*data.documents[:59], data.documents[0]])
+    check = gate(Perplexity(max_increase="0.001%")).evaluate(near, baseline, [twice]).checks[0]
+    assert check.verdict == "INVALID" and "occurs twice" in check.definition
+
+
+def test_tokenizers_that_differ_are_invalid(baseline):
+    other = perturbed(tiny_model(), 0.01)
+    other.tokenizer.add_tokens(["margin"])
+    check = gate(PERPLEXITY).evaluate(other, baseline, [documents(60)]).checks[0]
+    assert check.verdict == "INVALID" and "differently" in check.definition
+
+
+class Shuffled(Perplexity):
+    """An evaluator that hands its scores back in the wrong order."""
+
+    def score(self, model, batch, reference=None):
+        return super().score(model, batch)[::-1]
+
+
+class Shortened(Perplexity):
+    """An evaluator that counts one position less for every second model it scores."""
+
+    def score(self, model, batch, reference=None):
+        scores = super().score(model, batch)
+        return scores if model.digest == tiny_model().digest else [replace(s, weight=s.weight - 1) for s in scores]
+
+
+class Lossy(Perplexity):
+    """An evaluator that forgets an example."""
+
+    def score(self, model, batch, reference=None):
+        return super().score(model, batch)[1:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Shuffled, "not those of the examples"), (Lossy, "not those"), (Shortened, "numbers of positions")],
+)
+def test_scores_that_do_not_pair_are_invalid(baseline, near, kind, reason):
+    check = gate(kind(max_increase="5%")).evaluate(near, baseline, [documents(60)]).checks[0]
+    assert check.verdict == "INVALID" and reason in check.definition
+
+
+def test_against_parent(baseline, near, far):
+    check = Perplexity(max_increase="5%", against="parent")
+    assert gate(check).evaluate(perturbed(far, 0.01), baseline, [documents(80)], parent=far).verdict == "PASS"
+    assert gate(check).evaluate(near, baseline, [documents(80)], parent=far).checks[0].against == "parent"
+    with pytest.raises(RecipeError, match="no parent"):
+        gate(check).evaluate(near, baseline, [documents(80)])
+
+
+@pytest.mark.parametrize(
+    ("size", "verdict"), [(80_000_000, "PASS"), (80_000_001, "FAIL"), (1, "PASS"), (math.nan, "INVALID")]
+)
+def test_exact_checks_compare_sizes(baseline, near, size, verdict):
+    sizes = Sizes(size, 4.5)
+    check = gate(Footprint(max_mb=80)).evaluate(near, baseline, [], sizes=sizes).checks[0]
+    assert check.verdict == verdict
+    assert check.source == "files" and check.details["bits_per_weight"] == 4.5
+    assert check.value == check.loss == check.upper or verdict == "INVALID"
+
+
+def test_exact_checks_without_files_are_invalid(baseline, near):
+    assert gate(Footprint(max_mb=80)).evaluate(near, baseline, []).verdict == "INVALID"
+
+
+def test_exact_checks_take_no_share_of_the_error(baseline, near):
+    data, sizes = [documents(64)], Sizes(1, 1.0)
+    alone = gate(PERPLEXITY).evaluate(near, baseline, data)
+    beside = gate(Footprint(max_mb=80), PERPLEXITY).evaluate(near, baseline, data, sizes=sizes)
+    assert [c.metric for c in beside.checks] == ["footprint", "perplexity"]
+    assert beside.checks[1] == alone.checks[0]
+
+
+def test_results_have_the_keys_of_a_check():
+    keys = "metric unit source against reference value loss lower upper margin confidence examples tokens"
+    assert set(CheckResult.model_fields) == {*keys.split(), "verdict", "definition", "details"}
+
+
+# --- cost --------------------------------------------------------------------------------------------------
+
+
+def counted(model):
+    """The model, and a list that receives the number of rows of every forward pass."""
+    rows = []
+    handle = model.module.base_model.register_forward_hook(
+        lambda _, args, kwargs, out: rows.append(1), with_kwargs=True
+    )
+    return rows, handle
+
+
+def test_checks_on_the_same_windows_share_one_forward(baseline, near):
+    data = documents(112)
+    counts = {}
+    for name, checks in {"divergence": (DIVERGENCE,), "both": (PERPLEXITY, DIVERGENCE)}.items():
+        rows, handle = counted(near)
+        gate(*checks).evaluate(near, baseline, [data])
+        handle.remove()
+        counts[name] = len(rows)
+    assert counts["both"] == counts["divergence"] > 0
+
+
+def test_sharing_changes_no_score(baseline, near):
+    data = [documents(112)]
+    together = gate(PERPLEXITY, DIVERGENCE).evaluate(near, baseline, data).checks
+    for check, shared in zip((PERPLEXITY, DIVERGENCE), together, strict=True):
+        alone = gate(check).evaluate(near, baseline, data).checks[0]
+        assert shared.lower < alone.lower  # k = 2 against k = 1
+        assert shared.model_copy(update={"lower": alone.lower}) == alone
+
+
+@pytest.mark.parametrize("kept", [0, 2, 100])
+def test_memory_for_logits_is_bounded_and_right(baseline, kept):
+    windows = [(1, 2, 3), (4, 5), (1, 2, 3), (6, 7, 8, 9), (5, 5)]
+    want = [rows.clone() for rows in baseline.logits(windows)]
+    memo = _Memo(baseline, free=kept * 3 * 256 * 4)
+    for _ in range(2):
+        for a, b in zip(memo.logits(windows), want, strict=True):
+            torch.testing.assert_close(a, b)
+        assert sum(rows.nbytes for rows in memo.kept.values()) <= kept * 3 * 256 * 4
+    assert len(memo.kept) == {0: 0, 2: 2, 100: 4}[kept]
+    assert (memo.digest, memo.context_length) == (baseline.digest, baseline.context_length)
+
+
+class Store(dict):
+    """A cache that passes everything through JSON, as files would."""
+
+    hits = 0
+
+    def get(self, key):
+        self.hits += key in self
+        return json.loads(self[key]) if key in self else None
+
+    def put(self, key, value):
+        self[key] = json.dumps(value, allow_nan=False)
+
+
+def test_reference_scores_come_from_the_cache_and_change_nothing(baseline, near, far):
+    store, data = Store(), [documents(64)]
+    first = gate(PERPLEXITY).evaluate(near, baseline, data, cache=store)
+    assert len(store) == 4 and store.hits == 0
+    rows, handle = counted(baseline)
+    again = gate(PERPLEXITY).evaluate(near, baseline, data, cache=store)
+    looser = gate(Perplexity(max_increase="6%", confidence=0.9)).evaluate(near, baseline, data, cache=store)
+    handle.remove()
+    assert again == first and looser.verdict == "PASS"
+    assert not rows and store.hits == 8 and len(store) == 4
+    assert gate(PERPLEXITY).evaluate(far, baseline, data, cache=store).verdict == "FAIL"
+
+
+def test_scores_that_are_not_finite_are_not_kept(baseline, near):
+    store = Store()
+    gate(PERPLEXITY).evaluate(near, perturbed(baseline, math.nan), [documents(60)], cache=store)
+    assert not store
+
+
+def test_the_key_of_a_score_holds_all_that_it_depends_on(baseline, near):
+    data = documents(2)
+    batch = PERPLEXITY.examples(data, baseline.encode)
+    key = score_key(PERPLEXITY, baseline, data, batch)
+    assert key == score_key(Perplexity(max_increase="6%", max_documents=99), tiny_model(), data, batch)
+    others = [
+        score_key(DIVERGENCE, baseline, data, batch),
+        score_key(PERPLEXITY, near, data, batch),
+        score_key(PERPLEXITY, baseline, replace(data, digest="other"), batch),
+        score_key(PERPLEXITY, baseline, replace(data, length=32), batch),
+        score_key(PERPLEXITY, baseline, data, batch[:1]),
+        score_key(PERPLEXITY, baseline, data, [replace(batch[0], payload=((1, 2),)), batch[1]]),
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    others.append(score_key(PERPLEXITY, baseline, data, batch))
+    torch.set_num_threads(threads)
+    assert len({key, *others}) == 1 + len(others)
+
+
+@given(st.lists(st.integers(0, 12_000), max_size=60))
+def test_batches_partition_the_documents(sizes):
+    docs = [(str(i), "x" * size) for i, size in enumerate(sizes)]
+    cut = list(batches(docs))
+    assert [d for batch in cut for d in batch] == docs
+    assert all(1 <= len(batch) <= 16 for batch in cut)
+    assert all(len(batch) == 1 or sum(len(t) for _, t in batch) <= 8000 for batch in cut)
+
+
+def test_progress_ends_at_one(baseline, near):
+    seen = []
+    gate(PERPLEXITY).evaluate(near, baseline, [documents(80)], progress=lambda *event: seen.append(event))
+    assert {label for label, _ in seen} == {"perplexity on words"}
+    assert [f for _, f in seen] == sorted(f for _, f in seen) and seen[-1][1] == 1.0
