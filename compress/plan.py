@@ -1,0 +1,340 @@
+"""The plan: what is knowable of a recipe before weights load. Refuses what cannot work, predicts the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compress.architectures import Facts
+from compress.data import Request, split
+from compress.encodings import Encoding
+from compress.errors import RecipeError
+from compress.gate import minimum_detectable
+from compress.interfaces import Evaluator, Step
+from compress.recipe import Recipe, StepEntry
+
+CHARACTERS_PER_TOKEN = 4.5  # of English text under vocabularies of 30,000 to 150,000 tokens
+
+# Standard deviation over documents of (loss - margin * tokens) / mean tokens, in nats per token. It grows
+# with the loss. Measured on SmolLM2-135M, 60 documents of wiki, rounding to nearest, group size 32, margins
+# 5 % and 0.08: int8 (loss 0.002) 0.023 and 0.041, int4 (loss 0.25) 0.155 and 0.147; here the geometric means.
+PLANNING_SD: Mapping[str, float] = {"perplexity": 0.06, "divergence": 0.08}
+POWER_BASIS = (
+    "80 % power at one look, with a standard deviation per document between those of int8 and int4 rounding "
+    f"(perplexity {PLANNING_SD['perplexity']}, divergence {PLANNING_SD['divergence']} nats per token, wiki)"
+)
+
+# Floating point operations per second of a forward pass in float32 on two cores of a server.
+FLOPS = 1.5e11
+GATE_DOCUMENTS = 200  # a clear verdict takes 50 to 200
+LIBRARY_BYTES = 600_000_000
+
+SIZE_BASIS = "codes, scales and zero points of every matrix, other matrices and norms in float32; no file headers"
+TIME_BASIS = (
+    f"an estimate: 2 operations per weight and token at {FLOPS:.1e} per second (float32, two cores); "
+    "calibration counts 3 forward passes, training 4; a gate's model and reference each see "
+    f"{GATE_DOCUMENTS} documents of every source"
+)
+MEMORY_BASIS = (
+    f"an upper estimate: libraries ({LIBRARY_BYTES / 1e6:.0f} MB), float32 weights of the model and of its "
+    "reference, logits of one window of both, two Hessians of the widest input where calibration is used, "
+    "gradients and two moments of every weight where a step trains"
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """How much text a role of a source holds; tokens are estimated from characters."""
+
+    role: str
+    source: str
+    documents: int
+    tokens: float
+
+
+def requests(recipe: Recipe) -> list[Request]:
+    """What a recipe asks of its data: calibration, selection, then each evaluation source."""
+    data = recipe.data
+    return [
+        Request("calibration", data.calibration.source, data.calibration.tokens, data.calibration.length),
+        Request("selection", data.selection.source, data.selection.tokens, data.selection.length),
+        *(Request("evaluation", s.source, None, s.length) for s in data.evaluation),
+    ]
+
+
+def check(recipe: Recipe, facts: Facts) -> list[str]:
+    """Warnings about the recipe on a model of these facts; raises RecipeError for what cannot work.
+
+    Every attempt is judged, since any of them may be the one that ships.
+    """
+    for i, entry in enumerate(recipe.steps):
+        for path, step in _attempts(entry, i):
+            _check_step(recipe, facts, path, step)
+            _check_order(recipe, i, path, step)
+        _check_margins(recipe, i, entry)
+    _check_windows(recipe, facts)
+    _check_rounded_once(recipe, facts)
+    _check_exports(recipe, facts)
+    return [*_loosened(recipe), *_ungated(recipe)]
+
+
+def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+    """The plan as data: predicted sizes, estimates of time and memory, and the power of each check.
+
+    Reads the recipe's data, and raises RecipeError where they overlap or are missing; loads no weights.
+    """
+    warnings = check(recipe, facts)
+    texts = _texts(recipe)
+    stored = {name: Encoding("fp32") for name in facts.matrices}
+    baseline, steps = _size(facts, stored), []
+    for i, entry in enumerate(recipe.steps):
+        steps.append(_describe_step(recipe, facts, entry, stored, texts))
+        warnings += _power_warnings(f"steps[{i}] {entry.step.name}", steps[-1]["checks"])
+        stored |= entry.step.encodings(facts)
+    release = _powers(recipe.release, 1, texts)
+    return {
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "parameters": facts.parameters,
+        "baseline": baseline,
+        "steps": steps,
+        "release": release,
+        "exports": [{"format": e.exporter.name, "params": e.exporter.model_dump(mode="json")} for e in recipe.export],
+        "basis": {"size": SIZE_BASIS, "seconds": TIME_BASIS, "memory": MEMORY_BASIS, "power": POWER_BASIS},
+        "warnings": warnings + _power_warnings("release", release),
+    }
+
+
+def _describe_step(
+    recipe: Recipe, facts: Facts, entry: StepEntry, stored: Mapping[str, Encoding], texts: Sequence[Text]
+) -> dict[str, Any]:
+    sizes = [_size(facts, {**stored, **step.encodings(facts)}) for step in entry.attempts]
+    return {
+        "name": entry.step.name,
+        "params": entry.step.model_dump(mode="json"),
+        **sizes[0],
+        "seconds_estimate": _step_seconds(entry.step, facts, texts),
+        "gate_seconds_estimate": _gate_seconds(entry, facts, texts),
+        "memory_bytes_estimate": _memory_bytes(recipe, facts, entry),
+        "checks": _powers(entry.gate, len(entry.attempts), texts),
+        "gate_off": list(entry.gate_off),
+        "otherwise": [{"name": step.name, **size} for step, size in zip(entry.otherwise, sizes[1:])],
+    }
+
+
+def _attempts(entry: StepEntry, i: int) -> Iterator[tuple[tuple[str | int, ...], Step]]:
+    """Each attempt with its path in the recipe, up to the step's name."""
+    yield ("steps", i, entry.step.name), entry.step
+    for j, step in enumerate(entry.otherwise):
+        yield ("steps", i, "otherwise", j, step.name), step
+
+
+def _title(path: Sequence[str | int]) -> str:
+    """("steps", 1, "otherwise", 0, "quantize.rtn") as `steps[1] otherwise[0] quantize.rtn`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f" {part}" for part in path).lstrip()
+
+
+def _refusal(recipe: Recipe, path: Sequence[str | int], message: str) -> RecipeError:
+    return RecipeError(f"{recipe.place(*path)}  {_title(path)}: {message}")
+
+
+def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step: Step) -> None:
+    """The step's own judgement, and group sizes that must divide the input channels."""
+    try:
+        step.check(facts)
+        for name, encoding in step.encodings(facts).items():
+            encoding.groups(facts.matrices[name][1])
+    except RecipeError as error:
+        raise _refusal(recipe, path, str(error)) from None
+
+
+def _check_order(recipe: Recipe, i: int, path: tuple[str | int, ...], step: Step) -> None:
+    """Codes are final: nothing may train, prune or round them again."""
+    for k, earlier in enumerate(recipe.steps[:i]):
+        packing = next((attempt for attempt in earlier.attempts if attempt.packs), None)
+        if packing is None:
+            continue
+        before = f"steps[{k}] {packing.name} has stored the weights in an encoding"
+        # A step that both trains and packs knows how to train around codes.
+        if step.recovers and not step.packs:
+            raise _refusal(recipe, path, f"trains after {before}; move it before steps[{k}]")
+        if step.masks:
+            raise _refusal(recipe, path, f"prunes after {before}; move it before steps[{k}]")
+
+
+def _check_rounded_once(recipe: Recipe, facts: Facts) -> None:
+    """Tensors in integer codes cannot be rounded again."""
+    coded: dict[str, int] = {}
+    for i, entry in enumerate(recipe.steps):
+        for path, step in _attempts(entry, i):
+            twice = [name for name in step.encodings(facts) if name in coded]
+            if twice:
+                first = f"stored as integer codes by steps[{coded[twice[0]]}] already"
+                remedy = "leave them to one step (keep: fp32, embeddings: null)"
+                raise _refusal(recipe, path, f"{twice[0]} and {len(twice) - 1} more are {first}; {remedy}")
+        for step in entry.attempts:
+            coded |= {name: i for name, e in step.encodings(facts).items() if e.is_affine}
+
+
+def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
+    """A loss that a step may have and the release may not must be won back by a later step."""
+    if any(step.recovers for later in recipe.steps[i + 1 :] for step in later.attempts):
+        return
+    release = {c.name: c for c in recipe.release}
+    for c in entry.gate:
+        final = release.get(c.name)
+        # An exact quantity, a size, may still shrink; a parent's margin is another quantity after step 0.
+        if final is None or c.statistic == "exact" or (c.against == "parent" and i > 0):
+            continue
+        if c.margin > final.margin:
+            margins = f"its gate lets {c.name} lose {c.display(c.margin)}, release {c.display(final.margin)}"
+            remedy = "tighten the gate, or add a step that trains after this one"
+            message = f"{margins}, and no later step recovers quality; {remedy}"
+            raise _refusal(recipe, ("steps", i, entry.step.name), message)
+
+
+def _check_windows(recipe: Recipe, facts: Facts) -> None:
+    for request in requests(recipe):
+        if request.length > facts.context_length:
+            problem = f"length={request.length} exceeds the model's context of {facts.context_length} tokens"
+            place = recipe.place("data", request.role)
+            raise RecipeError(f"{place}  data.{request.role}: {problem}")
+
+
+def _possible(recipe: Recipe, facts: Facts) -> dict[str, dict[Encoding, str]]:
+    """Tensor name → every encoding that it may end in, with the attempt that would store it."""
+    found = {name: {Encoding("fp32"): "no step"} for name in facts.matrices}
+    for i, entry in enumerate(recipe.steps):
+        after: dict[str, dict[Encoding, str]] = {name: {} for name in found}
+        for path, step in _attempts(entry, i):
+            stored = step.encodings(facts)
+            for name, before in found.items():
+                after[name].update({stored[name]: _title(path)} if name in stored else before)
+        found = after
+    return found
+
+
+def _check_exports(recipe: Recipe, facts: Facts) -> None:
+    possible = _possible(recipe, facts)
+    for i, entry in enumerate(recipe.export):
+        path = ("export", i, entry.exporter.name)
+        try:
+            entry.exporter.check(facts)
+        except RecipeError as error:
+            raise _refusal(recipe, path, str(error)) from None
+        for name, encodings in possible.items():
+            for encoding, origin in encodings.items():
+                if reason := entry.exporter.refuses(encoding, name):
+                    raise _refusal(recipe, path, f"{reason} (stored by {origin})")
+
+
+def _loosened(recipe: Recipe) -> Iterator[str]:
+    """Exports whose own margins are wider than the release's, or that leave a release check out."""
+    release = {c.name: c for c in recipe.release}
+    for i, entry in enumerate(recipe.export):
+        label = f"export[{i}] {entry.exporter.name}"
+        for c in entry.gate:
+            if c.name in release and c.statistic == "mean" and c.margin > release[c.name].margin:
+                wider = f"{c.display(c.margin)}, release {c.display(release[c.name].margin)}"
+                yield f"{label}: {c.name} may lose {wider}"
+        yield from (f"{label}: {name} is off" for name in entry.gate_off)
+
+
+def _ungated(recipe: Recipe) -> Iterator[str]:
+    for i, entry in enumerate(recipe.steps):
+        label = f"steps[{i}] {entry.step.name}"
+        yield from (f"{label}: {name} is off" for name in entry.gate_off)
+        if not entry.gate:
+            yield f"{label}: no check judges this step alone, and its alternatives can never be tried"
+
+
+def _texts(recipe: Recipe) -> list[Text]:
+    """What the recipe's data hold, in documents and roughly in tokens."""
+    found = []
+    for part in split(requests(recipe), recipe.seed):
+        request, documents = part.request, len(part.documents)
+        tokens = sum(len(d.text) for d in part.documents) / CHARACTERS_PER_TOKEN
+        share = 1.0 if request.tokens is None else min(1.0, request.tokens / tokens)
+        found.append(Text(request.role, request.source, max(1, int(documents * share)), tokens * share))
+    return found
+
+
+def _size(facts: Facts, stored: Mapping[str, Encoding]) -> dict[str, Any]:
+    """Predicted size_bytes and bits_per_weight of matrices in these encodings, and norms in float32."""
+    norms = (facts.layers * len(facts.architecture.block_norms) + 1) * facts.sizes["residual"]
+    bits = 32.0 * norms + sum(n * m * stored[name].bits_per_weight(m) for name, (n, m) in facts.matrices.items())
+    return {"size_bytes": round(bits / 8), "bits_per_weight": bits / (facts.parameters + norms)}
+
+
+def _forward_seconds(facts: Facts, tokens: float) -> float:
+    return 2 * facts.parameters * tokens / FLOPS
+
+
+def _step_seconds(step: Step, facts: Facts, texts: Sequence[Text]) -> float | None:
+    """Of the step alone; None where it trains and states no budget in tokens."""
+    if step.recovers:
+        budget = getattr(step, "tokens", None)
+        return _forward_seconds(facts, 4 * budget) if isinstance(budget, int) else None
+    calibration = sum(t.tokens for t in texts if t.role == "calibration")
+    return _forward_seconds(facts, 3 * calibration if step.uses_calibration else 0)
+
+
+def _gate_seconds(entry: StepEntry, facts: Facts, texts: Sequence[Text]) -> float:
+    """Of one attempt's gate, model and reference, when it looks at `GATE_DOCUMENTS` documents of a source."""
+    if not any(c.statistic == "mean" for c in entry.gate):
+        return 0.0
+    sources = [t for t in texts if t.role == "evaluation"]
+    tokens = sum(min(GATE_DOCUMENTS, t.documents) * t.tokens / t.documents for t in sources)
+    return _forward_seconds(facts, 2 * tokens)
+
+
+def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
+    weights = 4 * facts.parameters
+    longest = max(request.length for request in requests(recipe))
+    total = LIBRARY_BYTES + 2 * weights + 2 * 4 * longest * facts.vocabulary
+    if any(step.uses_calibration for step in entry.attempts):
+        total += 2 * 4 * max(m for _, m in facts.linears.values()) ** 2
+    if any(step.recovers for step in entry.attempts):
+        total += 3 * weights
+    return total
+
+
+def _powers(gate: Sequence[Evaluator], attempts: int, texts: Sequence[Text]) -> list[dict[str, Any]]:
+    """Per check and source, the smallest distance from the margin that it resolves at 80 % power."""
+    sources = [t for t in texts if t.role == "evaluation"]
+    return [_power(c, attempts, source) for c in gate for source in (sources if c.statistic != "exact" else [None])]
+
+
+def _power(c: Evaluator, attempts: int, text: Text | None) -> dict[str, Any]:
+    """`resolves` is None where no planning value is known, or where too few documents can ever decide."""
+    found: dict[str, Any] = {"metric": c.name, "unit": c.unit, "margin": c.margin, "confidence": c.confidence}
+    found |= {"source": "files", "documents": 0, "needs": 0, "resolves": 0.0}
+    if text is None:
+        return found
+    documents = min(text.documents, c.max_documents or text.documents)
+    sd = PLANNING_SD.get(c.name)
+    resolves = None if sd is None else minimum_detectable(c, documents, sd, attempts)
+    if resolves == math.inf:
+        resolves = None
+    return found | {
+        "source": text.source,
+        "documents": documents,
+        "needs": c.minimum_examples,
+        "resolves": resolves,
+        "margin_shown": c.display(c.margin),
+        "resolves_shown": None if resolves is None else c.display(resolves),
+    }
+
+
+def _power_warnings(label: str, powers: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for p in powers:
+        where = f"{label}: {p['metric']} on {p['source']}, {p['documents']} documents"
+        if p["documents"] < p["needs"]:
+            found.append(f"{where}: at least {p['needs']} are needed, so it can only end inconclusive")
+        elif p["resolves"] is not None and p["resolves"] > p["margin"]:
+            resolves = f"resolves {p['resolves_shown']} at 80 % power, more than its margin of {p['margin_shown']}"
+            found.append(f"{where}: {resolves}; add documents or widen the margin")
+    return found

