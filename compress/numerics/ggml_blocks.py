@@ -1,0 +1,77 @@
+"""The block layouts Q4_0 and Q8_0 of GGUF, from and to integer codes and float16 scales.
+
+A block holds 32 consecutive weights of a row: a float16 scale (little endian), then the codes. Q8_0 stores
+them as signed bytes; Q4_0 stores code + 8 in 4 bits, weight j in the low and weight j + 16 in the high half
+of byte j. Nothing is rounded here: the weight stays code * scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 32  # weights per block
+
+
+def pack_q4_0(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes (n, m) int8 in [-8, 7] and scales (n, groups) float16 → (n, m / 32 * 18) uint8.
+
+    Each group must be a multiple of 32 weights; its scale is repeated in every block. Raises ValueError.
+
+    >>> codes = torch.arange(32, dtype=torch.int8).view(1, 32) // 4
+    >>> pack_q4_0(codes, torch.ones(1, 1, dtype=torch.float16))[0, :4].tolist()
+    [0, 60, 200, 200]
+    """
+    blocks = _blocks(codes, -8, 7)  # (n, b, 32)
+    low, high = (blocks + 8).view(torch.uint8).chunk(2, dim=2)
+    return _join(_per_block(scales, blocks), low | high << 4)
+
+
+def unpack_q4_0(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_q4_0`: codes (n, m) int8 and scales (n, m / 32) float16."""
+    scales, body = _split(packed, BLOCK // 2)
+    codes = torch.cat([body & 15, body >> 4], dim=2).view(torch.int8) - 8
+    return codes.flatten(1), scales
+
+
+def pack_q8_0(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes (n, m) int8 and scales (n, groups) float16 → (n, m / 32 * 34) uint8; see `pack_q4_0`."""
+    blocks = _blocks(codes, -128, 127)
+    return _join(_per_block(scales, blocks), blocks.view(torch.uint8))
+
+
+def unpack_q8_0(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_q8_0`: codes (n, m) int8 and scales (n, m / 32) float16."""
+    scales, body = _split(packed, BLOCK)
+    return body.contiguous().view(torch.int8).flatten(1), scales
+
+
+def _blocks(codes: Tensor, low: int, high: int) -> Tensor:
+    """Codes (n, m) as (n, m / 32, 32)."""
+    if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] % BLOCK:
+        raise ValueError(f"expected int8 codes (n, m) with m a multiple of 32, found {codes.dtype} {codes.shape}")
+    if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
+        raise ValueError(f"codes reach from {codes.min()} to {codes.max()}; the block holds {low} to {high}")
+    return codes.contiguous().view(codes.shape[0], -1, BLOCK)
+
+
+def _per_block(scales: Tensor, blocks: Tensor) -> Tensor:
+    """Scales (n, groups) repeated to one per block, (n, b)."""
+    n, count = blocks.shape[:2]
+    if scales.dtype != torch.float16 or scales.shape[0] != n or count % scales.shape[1]:
+        raise ValueError(f"expected float16 scales of {n} rows dividing {count} blocks, found {scales.shape}")
+    return scales.repeat_interleave(count // scales.shape[1], dim=1)
+
+
+def _join(scales: Tensor, body: Tensor) -> Tensor:
+    """Scales (n, b) and code bytes (n, b, k) → (n, b * (2 + k)) uint8."""
+    head = scales.contiguous().view(torch.uint8).view(*scales.shape, 2)
+    return torch.cat([head, body], dim=2).flatten(1)
+
+
+def _split(packed: Tensor, body: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `_join` for `body` code bytes per block."""
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] % (2 + body):
+        raise ValueError(f"expected uint8 rows of blocks of {2 + body} bytes, found {packed.dtype} {packed.shape}")
+    blocks = packed.view(packed.shape[0], -1, 2 + body)
+    return blocks[:, :, :2].contiguous().view(torch.float16).squeeze(2), blocks[:, :, 2:]

@@ -1,0 +1,1 @@
+"""Exporters: one format per file, found by its name."""

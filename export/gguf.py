@@ -1,0 +1,260 @@
+"""GGUF files for llama.cpp: the model's codes and scales as Q4_0 and Q8_0 blocks, never quantized again."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.architectures import ARCHITECTURES, Facts
+from compress.encodings import EncodedTensor, Encoding
+from compress.errors import Corrupt, RecipeError
+from compress.interfaces import Exporter, LanguageModel
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from compress.model import Model
+
+FILE = "model.gguf"
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How GGUF holds an architecture.
+
+    name: its general.architecture. interleaved: llama.cpp rotates neighbouring channels of a head, where
+    transformers rotates channel j with j + head_size / 2, so that rows of Q and K change places.
+    """
+
+    name: str
+    interleaved: bool
+
+
+DIALECTS = {
+    "llama": Dialect("llama", interleaved=True),
+    "mistral": Dialect("llama", interleaved=True),
+    "qwen2": Dialect("qwen2", interleaved=False),
+    "qwen3": Dialect("qwen3", interleaved=False),
+}
+_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # the way back
+_QUERY, _KEY = ".self_attn.q_proj.", ".self_attn.k_proj."
+
+
+class Gguf(Exporter):
+    """One .gguf file: float32, F16, BF16, Q8_0 (int8 codes) and Q4_0 (int4 codes) tensors."""
+
+    name = "gguf"
+    runtime = "llama.cpp"
+    extra = "gguf"
+
+    def refuses(self, encoding: Encoding, tensor: str) -> str | None:
+        """Why no GGUF block holds these codes and scales exactly, or None."""
+        if not encoding.is_affine:
+            return None
+        if encoding.name not in ("int4", "int8"):
+            return f"{tensor}: GGUF has no block of {encoding.name} codes with one scale; use int4 or int8"
+        if not encoding.symmetric:
+            return f"{tensor}: {encoding} does not fit q4_1 (scale * zero point is not a float16); use symmetric"
+        if encoding.group_size is not None and encoding.group_size % BLOCK:
+            return f"{tensor}: group_size={encoding.group_size} is no multiple of GGUF's 32; use group_size=32"
+        return None
+
+    def check(self, facts: Facts) -> None:
+        """Refuse an architecture without a dialect, and a missing runtime; raises RecipeError."""
+        kind = facts.architecture.model_type
+        if kind not in DIALECTS:
+            raise RecipeError(f"gguf cannot write architecture {kind!r}; known: {', '.join(DIALECTS)}")
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise RecipeError("gguf needs llama-cpp-python; pip install 'compress-toolkit[gguf]'")
+
+    def write(self, model: Model, out: Path) -> None:
+        """Write `out/model.gguf`; raises RecipeError for what the format or llama.cpp cannot express.
+
+        CompressError where llama.cpp reads other token ids from the file than the model's tokenizer.
+        """
+        from gguf import GGUFWriter
+
+        from export import _gguf_vocabulary, _llama_cpp
+
+        self.check(model.facts)
+        dialect = DIALECTS[model.facts.architecture.model_type]
+        writer = GGUFWriter(out / FILE, dialect.name)
+        try:
+            config = model.module.config
+            _add_shape(writer, config.to_dict(), model.facts)
+            writer.add_name(Path(str(config._name_or_path or "model")).name)
+            _gguf_vocabulary.add(writer, model.tokenizer, model.vocabulary_size, model.eos_ids)
+            self._add_tensors(writer, model, dialect)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        opened = _llama_cpp.LlamaCpp(out / FILE, vocabulary_only=True)
+        try:
+            _gguf_vocabulary.check(model.tokenizer, model.eos_ids, opened.encode, opened.eos_ids)
+        finally:
+            opened.close()
+
+    def open(self, path: Path) -> LanguageModel:
+        """Any GGUF file, or a folder with one, in llama.cpp."""
+        from export._llama_cpp import LlamaCpp
+
+        return LlamaCpp(path)
+
+    def stored(self, path: Path) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
+        """Every tensor, decoded from the file's bytes, under transformers' names and in its row order.
+
+        A vector is always float32 in the file, whatever float encoding the model held it in.
+        """
+        from export import _llama_cpp
+
+        reader = _llama_cpp.read(path)
+        fields = reader.fields
+        kind = str(fields["general.architecture"].contents())
+        if kind not in _MODEL_TYPES:
+            raise RecipeError(f"{path}: architecture {kind!r} was not written by compress")
+        layers = int(fields[f"{kind}.block_count"].contents())
+        heads = int(fields[f"{kind}.attention.head_count"].contents())
+        kv_heads = int(fields[f"{kind}.attention.head_count_kv"].contents())
+        names = {new: old for old, new in _names(_MODEL_TYPES[kind], layers).items()}
+        for tensor in reader.tensors:
+            if tensor.name not in names:
+                raise Corrupt(f"{path}: tensor {tensor.name!r} has no name in a {kind} model")
+            name = names[tensor.name]
+            held = _from_file(tensor.tensor_type.name, tensor.data, f"{path}: {tensor.name}")
+            yield name, _reordered(name, held, DIALECTS[kind], heads, kv_heads, back=True)
+
+    def _add_tensors(self, writer: Any, model: Model, dialect: Dialect) -> None:
+        """Add every tensor in its block type, then the type that most weights have."""
+        import gguf
+
+        facts = model.facts
+        names = _names(facts.architecture.model_type, facts.layers)
+        weights: Counter[str] = Counter()
+        for name, tensor in model.tensors():
+            if name not in names:
+                raise RecipeError(f"gguf: {dialect.name} has no tensor for {name}; export to onnx instead")
+            if isinstance(tensor, EncodedTensor) and (reason := self.refuses(tensor.encoding, name)):
+                raise RecipeError(f"gguf: {reason}")
+            tensor = _reordered(name, tensor, dialect, facts.heads, facts.kv_heads, back=False)
+            kind, data = _to_file(tensor, name)
+            weights[kind] += tensor.numel() if not isinstance(tensor, EncodedTensor) else tensor.codes.numel()
+            writer.add_tensor(names[name], data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        majority = weights.most_common(1)[0][0]
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if majority == "F32" else f"MOSTLY_{majority}"])
+        if any(kind.startswith("Q") for kind in weights):
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_shape(writer: Any, config: Mapping[str, Any], facts: Facts) -> None:
+    """The keys from which llama.cpp builds the network; refuses what it would compute differently."""
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise RecipeError(f"gguf: rope scaling {rope['rope_type']!r} is not written yet; export to onnx instead")
+    if config.get("hidden_act") != "silu":
+        raise RecipeError(f"gguf: llama.cpp computes silu here, not {config.get('hidden_act')!r}; export to onnx")
+    window = config.get("sliding_window")
+    if window is not None and config.get("use_sliding_window", True) and window < facts.context_length:
+        raise RecipeError(f"gguf: a sliding window of {window} tokens is not written yet; export to onnx instead")
+    writer.add_context_length(facts.context_length)
+    writer.add_embedding_length(facts.sizes["residual"])
+    writer.add_block_count(facts.layers)
+    writer.add_feed_forward_length(facts.sizes["mlp"])
+    writer.add_head_count(facts.heads)
+    writer.add_head_count_kv(facts.kv_heads)
+    writer.add_key_length(facts.head_size)
+    writer.add_value_length(facts.head_size)
+    writer.add_rope_dimension_count(facts.head_size)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_vocab_size(facts.vocabulary)
+
+
+def _names(model_type: str, layers: int) -> dict[str, str]:
+    """Tensor name in transformers → in GGUF, for all that the architecture may have."""
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next(a for a in MODEL_ARCH if MODEL_ARCH_NAMES[a] == DIALECTS[model_type].name)
+    table = get_tensor_name_map(arch, layers)
+    parts = ARCHITECTURES[model_type]
+    inner = (*parts.linears, *parts.block_norms, "self_attn.q_norm", "self_attn.k_norm")
+    modules = [f"{parts.blocks}.{i}.{name}" for i in range(layers) for name in inner]
+    found = {}
+    for module in (parts.embedding, *modules, parts.final_norm, parts.head):
+        if (new := table.get_name(module)) is not None:
+            found.update({f"{module}.{suffix}": f"{new}.{suffix}" for suffix in ("weight", "bias")})
+    return found
+
+
+def _reordered(
+    name: str, tensor: EncodedTensor | Tensor, dialect: Dialect, heads: int, kv_heads: int, back: bool
+) -> EncodedTensor | Tensor:
+    """A tensor with its rows in llama.cpp's order, or `back` in transformers'; only Q and K differ."""
+    if not dialect.interleaved or not (_QUERY in name or _KEY in name):
+        return tensor
+    codes = tensor.codes if isinstance(tensor, EncodedTensor) else tensor
+    rows = rotary_rows(codes.shape[0], heads if _QUERY in name else kv_heads)
+    if back:
+        rows = rows.argsort()
+    if not isinstance(tensor, EncodedTensor):
+        return tensor[rows]
+    return replace(tensor, codes=tensor.codes[rows], scales=None if tensor.scales is None else tensor.scales[rows])
+
+
+def rotary_rows(n: int, heads: int) -> Tensor:
+    """Row of the halves layout that each of n rows of the interleaved layout comes from, head by head.
+
+    >>> rotary_rows(8, 2).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    import torch
+
+    return torch.arange(n).view(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def _to_file(tensor: EncodedTensor | Tensor, name: str) -> tuple[str, np.ndarray[Any, Any]]:
+    """GGUF's type and the bytes or floats of a tensor; a vector is float32, as llama.cpp demands."""
+    import torch
+
+    from compress.numerics.ggml_blocks import pack_q4_0, pack_q8_0
+
+    if not isinstance(tensor, EncodedTensor):
+        return "F32", tensor.float().contiguous().numpy()
+    codes, scales = tensor.codes, tensor.scales
+    if not tensor.encoding.is_affine:
+        if codes.dim() == 1 or codes.dtype == torch.float32:
+            return "F32", codes.float().contiguous().numpy()
+        kind = {torch.float16: "F16", torch.bfloat16: "BF16"}[codes.dtype]
+        return kind, codes.contiguous().view(torch.uint8).numpy()
+    assert scales is not None
+    if codes.shape[1] % BLOCK:
+        raise RecipeError(f"gguf: {name} has {codes.shape[1]} input channels, not a multiple of 32; keep it fp16")
+    if tensor.encoding.bits == 4:
+        return "Q4_0", pack_q4_0(codes, scales).numpy()
+    return "Q8_0", pack_q8_0(codes, scales).numpy()
+
+
+def _from_file(kind: str, data: np.ndarray[Any, Any], where: str) -> EncodedTensor | Tensor:
+    """The inverse of `_to_file`, with one scale per block of 32."""
+    import torch
+
+    from compress.numerics.ggml_blocks import unpack_q4_0, unpack_q8_0
+
+    raw = torch.from_numpy(data.copy())  # the file is mapped read-only
+    if kind == "F32":
+        return raw
+    if kind == "F16":
+        return EncodedTensor(Encoding("fp16"), raw)
+    if kind == "BF16":
+        return EncodedTensor(Encoding("bf16"), raw.view(torch.bfloat16))
+    if kind not in ("Q4_0", "Q8_0"):
+        raise RecipeError(f"{where} is {kind}, which compress does not write")
+    codes, scales = unpack_q4_0(raw) if kind == "Q4_0" else unpack_q8_0(raw)
+    return EncodedTensor(Encoding("int4" if kind == "Q4_0" else "int8", BLOCK), codes, scales)

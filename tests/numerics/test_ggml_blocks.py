@@ -1,0 +1,111 @@
+"""Block bytes against gguf-py's codecs and the C library's quantizer."""
+
+import ctypes
+import doctest
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compress.encodings import EncodedTensor, Encoding
+from compress.numerics import ggml_blocks
+from compress.numerics.ggml_blocks import pack_q4_0, pack_q8_0, unpack_q4_0, unpack_q8_0
+
+Q4_0, Q8_0 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
+FORMATS = {4: (pack_q4_0, unpack_q4_0, Q4_0), 8: (pack_q8_0, unpack_q8_0, Q8_0)}
+
+
+def random_tensor(bits: int, rows: int, groups: int, group_size: int, seed: int) -> EncodedTensor:
+    generator = torch.Generator().manual_seed(seed)
+    encoding = Encoding(f"int{bits}", group_size)
+    low, high = encoding.code_range
+    codes = torch.randint(low, high + 1, (rows, groups * group_size), generator=generator, dtype=torch.int8)
+    scales = torch.randn(rows, groups, generator=generator).half() * 0.01
+    return EncodedTensor(encoding, codes, scales)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([4, 8]),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.sampled_from([32, 64, 96]),
+    st.integers(0, 2**32),
+)
+def test_the_blocks_decode_to_the_very_weights(bits: int, rows: int, groups: int, size: int, seed: int) -> None:
+    tensor = random_tensor(bits, rows, groups, size, seed)
+    assert tensor.scales is not None
+    pack, unpack, kind = FORMATS[bits]
+    packed = pack(tensor.codes, tensor.scales)
+    decoded = dequantize(packed.numpy(), kind)
+    assert decoded.tobytes() == tensor.decode().numpy().tobytes()  # bit for bit, signs of zero included
+    codes, scales = unpack(packed)
+    assert torch.equal(codes, tensor.codes)
+    assert torch.equal(scales, tensor.scales.repeat_interleave(size // 32, dim=1))
+
+
+def reference_rounding(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales by ggml's own rule, written plainly with numpy's float32 arithmetic."""
+    blocks = W.numpy().reshape(W.shape[0], -1, 32)
+    if bits == 8:
+        scales = (np.abs(blocks).max(-1, keepdims=True) / np.float32(127)).astype(np.float32)
+    else:
+        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
+        scales = (extreme / np.float32(-8)).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        scaled = blocks * np.where(scales == 0, np.float32(0), np.float32(1) / scales)
+    if bits == 8:
+        codes = np.sign(scaled) * np.floor(np.abs(scaled) + np.float32(0.5))
+    else:
+        codes = np.minimum(np.trunc(scaled + np.float32(8.5)), 15) - 8
+    shape = W.shape[0], -1
+    return (
+        torch.from_numpy(codes.astype(np.int8).reshape(shape)),
+        torch.from_numpy(scales.astype(np.float16).reshape(shape)),
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_by_ggmls_rule_give_the_bytes_of_gguf_py_and_of_the_c_library(bits: int) -> None:
+    W = torch.randn(24, 160, generator=torch.Generator().manual_seed(bits)) * 0.05
+    W[3, 32:64] = 0  # a block without a scale
+    pack, _, kind = FORMATS[bits]
+    packed = pack(*reference_rounding(W, bits)).numpy()
+    assert packed.tobytes() == quantize(W.numpy(), kind).tobytes()
+    assert packed.tobytes() == c_quantize(W, int(kind), packed.nbytes)
+
+
+def c_quantize(W: Tensor, kind: int, size: int) -> bytes:
+    """The bytes that llama.cpp's own libggml makes of a matrix."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    folder = llama_cpp.llama_cpp.__file__.rpartition("/")[0]
+    library = ctypes.CDLL(f"{folder}/lib/libggml-base.so")
+    quantize_chunk = library.ggml_quantize_chunk
+    quantize_chunk.restype = ctypes.c_size_t
+    quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    out = ctypes.create_string_buffer(size)
+    assert quantize_chunk(kind, W.contiguous().data_ptr(), out, 0, *W.shape, None) == size
+    return out.raw
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "message"),
+    [
+        (torch.zeros(2, 40, dtype=torch.int8), torch.ones(2, 1).half(), "multiple of 32"),
+        (torch.full((2, 32), 8, dtype=torch.int8), torch.ones(2, 1).half(), "holds -8 to 7"),
+        (torch.zeros(2, 96, dtype=torch.int8), torch.ones(2, 2).half(), "dividing 3 blocks"),
+        (torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1), "float16"),
+    ],
+)
+def test_what_does_not_fit_a_block_is_refused(codes: Tensor, scales: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_q4_0(codes, scales)
+
+
+def test_examples_in_the_documentation() -> None:
+    assert doctest.testmod(ggml_blocks).failed == 0
