@@ -1,0 +1,114 @@
+"""Reading an exported ONNX folder back: every tensor in the model's own layout.
+
+A tensor `T` is stored as initializer `T` (floats, in the model's own layout) or as `T.codes`, `T.scales` and,
+asymmetric only, `T.zero_points`; the graph's metadata names its encoding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.encodings import EncodedTensor, Encoding
+from compress.errors import Corrupt, RecipeError, UnsafeInput
+from export._onnx_packing import WIDTHS, Packed, unpacked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GRAPH = "model.onnx"
+DATA = "model.onnx.data"
+METADATA = "compress.encodings"
+MICROSOFT = "com.microsoft"  # domain of onnxruntime's own operators
+
+
+def record(model: Any, tensors: Mapping[str, EncodedTensor | Tensor]) -> None:
+    """Write the encoding of each tensor, in the model's order, into the graph's metadata."""
+    kinds = {name: asdict(t.encoding) if isinstance(t, EncodedTensor) else None for name, t in tensors.items()}
+    model.metadata_props[METADATA] = json.dumps(kinds, separators=(",", ":"))
+
+
+def load(folder: Path) -> Any:
+    """The graph of an exported folder, data left on disk.
+
+    Raises Corrupt for what cannot be parsed or ends early, UnsafeInput for data outside the folder's file.
+    """
+    import onnx_ir as ir
+
+    for name in (GRAPH, DATA):
+        if (folder / name).is_symlink():
+            raise UnsafeInput(f"{folder / name} is a symbolic link")
+        if not (folder / name).is_file():
+            raise Corrupt(f"{folder}: {name} is missing")
+    try:
+        model = ir.load(folder / GRAPH)
+    except Exception as error:  # protobuf, onnx-ir and numpy each raise their own
+        raise Corrupt(f"{folder / GRAPH} is no ONNX model: {error}") from error
+    size = (folder / DATA).stat().st_size
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if str(tensor.location) != DATA:
+            raise UnsafeInput(f"{folder / GRAPH}: {name} lies in {tensor.location!s}, not in {DATA}")
+        if (tensor.offset or 0) < 0 or (tensor.offset or 0) + (tensor.length or 0) > size:
+            raise Corrupt(f"{folder / DATA}: {name} ends beyond the file")
+    return model
+
+
+def encodings(model: Any) -> dict[str, Encoding | None]:
+    """Encoding of every tensor (None: float32), in the model's order, from the graph's metadata."""
+    try:
+        kinds = json.loads(model.metadata_props[METADATA])
+        return {name: None if kind is None else Encoding(**kind) for name, kind in kinds.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
+        raise Corrupt(f"the ONNX metadata {METADATA!r} is missing or damaged: {error}") from error
+
+
+def stored(model: Any) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
+    """Every tensor of a loaded graph in the model's own layout."""
+    for name, encoding in encodings(model).items():
+        if encoding is not None and encoding.is_affine:
+            yield name, affine_tensor(model.graph, name, encoding)
+        elif encoding is not None:
+            yield name, EncodedTensor(encoding, held_tensor(model.graph, name))
+        else:
+            yield name, held_tensor(model.graph, name)
+
+
+def affine_tensor(graph: Any, name: str, encoding: Encoding) -> EncodedTensor:
+    """The codes, scales and zero points of one tensor; Corrupt where a node would read them otherwise."""
+    codes, scales = held_tensor(graph, f"{name}.codes"), held_tensor(graph, f"{name}.scales")
+    zeros = held_tensor(graph, f"{name}.zero_points") if f"{name}.zero_points" in graph.initializers else None
+    bits = WIDTHS[encoding.bits]
+    if codes.ndim != 3 or codes.shape[:2] != scales.shape:
+        raise Corrupt(f"{name}: codes {tuple(codes.shape)} do not fit scales {tuple(scales.shape)}")
+    block = codes.shape[2] * 8 // bits
+    for node in _readers(graph, f"{name}.codes"):
+        form = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int(), len(node.inputs) == 4
+        if form != (bits, block, zeros is not None):
+            raise Corrupt(f"{name}: {node.name} does not read {encoding} in blocks of {block}")
+    return unpacked(name, Packed(bits, block, codes, scales, zeros), encoding)
+
+
+def _readers(graph: Any, initializer: str) -> Iterator[Any]:
+    """The quantized operators that compute with an initializer, seen through reshapes."""
+    for node in graph.initializers[initializer].consumers():
+        for reader in node.outputs[0].consumers() if node.op_type == "Reshape" else (node,):
+            if reader.domain == MICROSOFT:
+                yield reader
+
+
+def held_tensor(graph: Any, initializer: str) -> Tensor:
+    """An initializer as a torch tensor of its stored dtype; raises Corrupt where it is missing."""
+    import torch
+
+    if initializer not in graph.initializers:
+        raise Corrupt(f"the ONNX graph has no initializer {initializer!r}")
+    array = graph.initializers[initializer].const_value.numpy()
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())

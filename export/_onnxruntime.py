@@ -1,0 +1,235 @@
+"""A language model executed by onnxruntime, from the folder that the ONNX exporter writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import Corrupt, RecipeError
+from export import _onnx_file
+from export._onnx_packing import INT8_ACTIVATIONS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+CONFIG = "genai_config.json"
+TOKENIZER = "tokenizer.json"
+TOKENS_PER_RUN = 1024  # bounds the logits of one run: 200 MB at 49,152 tokens of vocabulary
+TOKENS_PER_CHUNK = 256  # of a prompt that is read into the cache
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What genai_config.json says of the model."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    context_length: int
+    eos_ids: frozenset[int]
+
+    @staticmethod
+    def read(path: Path) -> Shapes:
+        """Shapes of a genai_config.json; raises Corrupt."""
+        try:
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            decoder, eos = model["decoder"], model.get("eos_token_id")
+            return Shapes(
+                layers=int(decoder["num_hidden_layers"]),
+                kv_heads=int(decoder["num_key_value_heads"]),
+                head_size=int(decoder["head_size"]),
+                vocabulary=int(model["vocab_size"]),
+                context_length=int(model["context_length"]),
+                eos_ids=frozenset([] if eos is None else eos if isinstance(eos, list) else [eos]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Corrupt(f"{path} cannot be read: {error!r}") from error
+
+
+class OnnxModel:
+    """`LanguageModel` over an onnxruntime session on the CPU, in float32 outside the weight products."""
+
+    def __init__(self, folder: Path):
+        import onnxruntime
+
+        self._shapes = Shapes.read(folder / CONFIG)
+        self._tokenizer = _tokenizer(folder / TOKENIZER)
+        graph = _onnx_file.load(folder)
+        self._session = _session(folder / _onnx_file.GRAPH)
+        self.vocabulary_size = self._shapes.vocabulary
+        self.context_length = self._shapes.context_length
+        self.eos_ids = self._shapes.eos_ids
+        self.digest = folder_digest(folder)
+        self.runtime = f"onnxruntime {onnxruntime.__version__} (CPUExecutionProvider)"
+        self.compute = _compute(graph)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; nothing is added before or after."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """One float32 (len(window), vocabulary) tensor per window, in order.
+
+        Consecutive windows run together, padded on the right, where a causal model cannot see the padding.
+        """
+        import torch
+
+        for batch in _batches(windows):
+            logits = self._prefill(batch)
+            for row, window in enumerate(batch):
+                yield torch.from_numpy(logits[row, : len(window)])
+
+    def decode_logits(self, window: Sequence[int]) -> Tensor:
+        """Logits of one window, (len(window), vocabulary), fed token by token through the cache."""
+        import torch
+
+        cache = _Cache(self._session, self._shapes, len(window))
+        ids = self._ids(window)
+        return torch.cat([torch.from_numpy(cache.step(ids[t : t + 1])) for t in range(len(window))])
+
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation, up to and including the first end-of-sequence token."""
+        limit = min(len(prompt) + max_new_tokens, self.context_length)
+        ids, tokens = self._ids(prompt), list[int]()
+        cache = _Cache(self._session, self._shapes, limit)
+        for start in range(0, len(ids), TOKENS_PER_CHUNK):
+            last = cache.step(ids[start : start + TOKENS_PER_CHUNK])[-1]
+        while len(tokens) < limit - len(ids):
+            tokens.append(int(last.argmax()))
+            if tokens[-1] in self.eos_ids or len(tokens) == limit - len(ids):
+                break
+            last = cache.step(self._ids(tokens[-1:]))[-1]
+        return tokens
+
+    def close(self) -> None:
+        """Release the session and its weights."""
+        del self._session
+
+    def _ids(self, window: Sequence[int]) -> np.ndarray:
+        """The window as int64, or RecipeError where the model cannot take it."""
+        import numpy as np
+
+        ids = np.asarray(window, dtype=np.int64)
+        if not 0 < len(ids) <= self.context_length:
+            raise RecipeError(f"a window of {len(ids)} tokens; this model takes 1 to {self.context_length}")
+        if ids.min() < 0 or ids.max() >= self.vocabulary_size:
+            raise RecipeError(f"token ids {ids.min()} to {ids.max()} are outside 0 to {self.vocabulary_size - 1}")
+        return ids
+
+    def _prefill(self, batch: Sequence[Sequence[int]]) -> np.ndarray:
+        """Logits (windows, longest, vocabulary) of windows that start with an empty cache."""
+        import numpy as np
+
+        ids = np.zeros((len(batch), max(map(len, batch))), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, window in enumerate(batch):
+            ids[row, : len(window)] = self._ids(window)
+            mask[row, : len(window)] = 1
+        shape = (len(batch), self._shapes.kv_heads, 0, self._shapes.head_size)
+        feed = {name: np.zeros(shape, np.float32) for name, _ in _cache_names(self._shapes.layers)}
+        logits: np.ndarray = self._session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **feed})[0]
+        return logits
+
+
+class _Cache:
+    """Keys and values of one sequence, in buffers that the session reads and extends in place."""
+
+    def __init__(self, session: Any, shapes: Shapes, capacity: int):
+        import numpy as np
+        import onnxruntime
+
+        self.session = session
+        self.length = 0
+        self.binding = session.io_binding()
+        room = (1, shapes.kv_heads, capacity, shapes.head_size)
+        for past, present in _cache_names(shapes.layers):
+            # An OrtValue borrows its array: each needs one of its own.
+            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(room, np.float32))
+            self.binding.bind_ortvalue_input(past, buffer)
+            self.binding.bind_ortvalue_output(present, buffer)
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """Append tokens (t,) to the sequence; logits (t, vocabulary)."""
+        import numpy as np
+
+        self.length += len(ids)
+        # The binding borrows the arrays' memory: keep them alive until the run is over.
+        inputs = {"input_ids": ids[None].copy(), "attention_mask": np.ones((1, self.length), np.int64)}
+        for name, array in inputs.items():
+            self.binding.bind_cpu_input(name, array)
+        self.binding.bind_output("logits", "cpu")
+        self.session.run_with_iobinding(self.binding)
+        # Outputs come in the order of first binding: the caches, then the logits.
+        logits: np.ndarray = self.binding.get_outputs()[-1].numpy()
+        rows: np.ndarray = logits[0]
+        return rows
+
+
+def _cache_names(layers: int) -> Iterator[tuple[str, str]]:
+    """Names of (past, present) keys and values."""
+    for layer in range(layers):
+        for part in ("key", "value"):
+            yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+
+
+def _batches(windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Consecutive windows whose padded size stays within TOKENS_PER_RUN (at least one each)."""
+    batch: list[Sequence[int]] = []
+    for window in windows:
+        if batch and (len(batch) + 1) * max(len(window), *map(len, batch)) > TOKENS_PER_RUN:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = os.cpu_count() or 1
+    options.log_severity_level = 3  # errors reach us as exceptions
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a class per status code, without a common base
+        raise Corrupt(f"{path}: onnxruntime cannot load it: {error}") from error
+
+
+def _tokenizer(path: Path) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise Corrupt(f"{path} cannot be read: {error}") from error
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over the names and contents of the folder's files."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        with path.open("rb") as file:
+            total.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _compute(model: Any) -> str:
+    """The distinct encodings of the weights, and the precision that products take activations in."""
+    kinds = sorted({str(encoding) for encoding in _onnx_file.encodings(model).values() if encoding is not None})
+    products = {
+        "int8"
+        if node.op_type == "MatMulNBits" and node.attributes["accuracy_level"].as_int() == INT8_ACTIVATIONS
+        else "float32"
+        for node in model.graph
+        if node.op_type in ("MatMul", "MatMulNBits")
+    }
+    return f"{' + '.join(kinds) or 'float32'} weights, {' + '.join(sorted(products))} activations"

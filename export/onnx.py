@@ -1,0 +1,190 @@
+"""ONNX: a folder for onnxruntime and onnxruntime-genai, with key-value cache, holding a model's very codes.
+
+The graph is onnxruntime-genai's; every weight in it is replaced by ours (see `_onnx_graph`). int8, int4, int3
+and int2 become MatMulNBits and GatherBlockQuantized (int3 in 4 bits; groups that are no kernel block by
+repeating scales), fp16 and bf16 are stored as such and widened when the file is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from compress.encodings import EncodedTensor, Encoding
+from compress.errors import CompressError, RecipeError
+from compress.interfaces import Exporter, LanguageModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.architectures import Facts
+    from compress.model import Model
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
+
+
+class Onnx(Exporter):
+    """Export to ONNX. activations: precision of the inputs of weight products in the shipped graph.
+
+    "float32" reproduces the model's logits up to rounding; "int8" decodes faster and differs measurably.
+    """
+
+    name: ClassVar[str] = "onnx"
+    runtime: ClassVar[str] = "onnxruntime"
+    extra: ClassVar[str] = "onnx"
+
+    activations: Literal["float32", "int8"] = "float32"
+
+    def refuses(self, encoding: Encoding, tensor: str) -> str | None:
+        """Groups that no kernel block of 16 to 128 channels divides."""
+        from export._onnx_packing import BLOCKS, block_size
+
+        if encoding.is_affine and encoding.group_size is not None and block_size(encoding) is None:
+            return (
+                f"{tensor}: {encoding} has no exact ONNX form: group_size={encoding.group_size} "
+                f"is no multiple of {min(BLOCKS)}; use group_size=16 or 32"
+            )
+        return None
+
+    def check(self, facts: Facts) -> None:
+        """Refuse shapes that the builder or the runtime gets wrong, and a missing runtime."""
+        _require_packages()
+        if alike := [name for name, (n, _) in facts.linears.items() if n == facts.vocabulary]:
+            # The builder recognizes the head by its outputs alone, and would build a wrong graph silently.
+            raise RecipeError(
+                f"onnx: {alike[0]} has as many outputs as the vocabulary has tokens ({facts.vocabulary}); "
+                "onnxruntime-genai's builder takes it for the output head"
+            )
+        if facts.head_size % 16:
+            raise RecipeError(
+                f"onnx: onnxruntime's attention needs a head size that is a multiple of 16, "
+                f"this {facts.architecture.model_type} has {facts.head_size}"
+            )
+
+    def write(self, model: Model, out: Path) -> None:
+        """Write model.onnx with its data, genai_config.json and the tokenizer into the empty folder `out`."""
+        self.check(model.facts)
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise RecipeError(f"{out} is not empty")
+        with tempfile.TemporaryDirectory(prefix="compress-onnx-") as temporary:
+            skeleton, built = Path(temporary) / "skeleton", Path(temporary) / "built"
+            _save_skeleton(model, skeleton)
+            _build(skeleton, built)
+            self._write_graph(model, built, out)
+            _write_config(model, built, out)
+        _write_tokenizer(model, out)
+
+    def _write_graph(self, model: Model, built: Path, out: Path) -> None:
+        import onnx
+        import onnx_ir as ir
+
+        from export._onnx_file import DATA, GRAPH, record
+        from export._onnx_graph import Surgeon, standardize
+        from export._onnx_packing import FLOAT_ACTIVATIONS, INT8_ACTIVATIONS
+
+        graph = ir.load(built / GRAPH)
+        tensors = dict(model.tensors())
+        head = f"{model.facts.architecture.head}.weight"
+        aliases = {head: model.facts.embedding_tensor} if model.facts.tied else {}
+        level = INT8_ACTIVATIONS if self.activations == "int8" else FLOAT_ACTIVATIONS
+        Surgeon(graph.graph, tensors, aliases, level).replace_all()
+        standardize(graph)
+        record(graph, tensors)
+        ir.save(graph, out / GRAPH, external_data=DATA, size_threshold_bytes=0)
+        onnx.checker.check_model(str(out / GRAPH))
+
+    def open(self, path: Path) -> LanguageModel:
+        """Open an exported folder in onnxruntime."""
+        _require_packages()
+        from export._onnxruntime import OnnxModel
+
+        return OnnxModel(path)
+
+    def stored(self, path: Path) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
+        """Every tensor read back from model.onnx and its data."""
+        _require_packages()
+        from export import _onnx_file
+
+        yield from _onnx_file.stored(_onnx_file.load(path))
+
+
+def _require_packages() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"onnx needs {', '.join(missing)}: pip install 'compress-toolkit[onnx]'")
+
+
+def _save_skeleton(model: Model, folder: Path) -> None:
+    """The model in transformers' format, for the builder to read its shape from.
+
+    Its values are all replaced later. Biases are ones, because the builder leaves out biases of zeros.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    weights = {
+        name: torch.ones_like(p) if name.endswith(".bias") else p.detach().contiguous()
+        for name, p in model.module.named_parameters()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {**model.module.config.to_dict(), "architectures": [type(model.module).__name__]}
+    if not model.eos_ids:
+        config["eos_token_id"] = 0  # the builder insists on one; genai_config.json gets the model's own
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model.module.generation_config.to_json_file(folder / "generation_config.json")
+    model.tokenizer.save_pretrained(folder)
+
+
+def _build(skeleton: Path, built: Path) -> None:
+    """Run onnxruntime-genai's builder: float32, CPU, one matrix product per linear.
+
+    In a process of its own: it prints, extends sys.path by generic names, and holds the weights twice.
+    """
+    options = ["fuse_qkv=false", "shared_embeddings=false", "hf_token=false"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        str(skeleton),
+        "-o",
+        str(built),
+    ]
+    command += ["-p", "fp32", "-e", "cpu", "-c", str(skeleton / "cache"), "--extra_options", *options]
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
+    log.debug("onnxruntime-genai builder: %s%s", done.stdout, done.stderr)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise CompressError(f"onnxruntime-genai's builder failed with code {done.returncode}: {''.join(last)}")
+
+
+def _write_config(model: Model, built: Path, out: Path) -> None:
+    """genai_config.json with the model's own end-of-sequence ids."""
+    config: dict[str, Any] = json.loads((built / "genai_config.json").read_text(encoding="utf-8"))
+    config["model"]["eos_token_id"] = sorted(model.eos_ids)
+    (out / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(model: Model, out: Path) -> None:
+    """The tokenizer's files; onnxruntime-genai needs a length limit that fits an integer."""
+    model.tokenizer.save_pretrained(out)
+    if not (out / "tokenizer.json").is_file():
+        raise RecipeError(f"onnx: {type(model.tokenizer).__name__} has no tokenizer.json form")
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model_max_length"] = model.context_length
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
