@@ -1,0 +1,352 @@
+"""The run's record as typed stages and checks, for all renderings. Missing keys are empty, not errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from compress.report import figures
+from compress.report.figures import clean, number
+
+Kind = Literal["baseline", "step", "rejected", "release", "export"]
+SEVERITY = {"FAIL": 0, "INVALID": 1, "INCONCLUSIVE": 2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One gate check; numbers that are absent or not finite are None."""
+
+    metric: str
+    unit: str
+    source: str
+    against: str
+    reference: float | None
+    value: float | None
+    loss: float | None
+    lower: float | None
+    upper: float | None
+    margin: float | None
+    confidence: float | None
+    examples: float | None
+    tokens: float | None
+    verdict: str
+    definition: str
+    reason: str  # why an INVALID check is none
+    details: Mapping[str, Any]
+
+    @property
+    def measure(self) -> figures.Measure:
+        """How this check's loss is shown."""
+        return figures.measure(self.metric, self.unit)
+
+    @property
+    def exact(self) -> bool:
+        """A deterministic quantity: there is no sample and no interval."""
+        return self.loss is not None and (self.examples or 0) <= 1 and self.lower == self.upper == self.loss
+
+    @property
+    def noun(self) -> str:
+        """What the examples are."""
+        return "documents" if self.metric in {"perplexity", "divergence"} else "examples"
+
+    def bounds(self, unit: bool = True) -> str:
+        """The confidence bounds, rounded outward."""
+        if self.exact:
+            return "exact"
+        if self.lower is None and self.upper is None:
+            return figures.NOTHING
+        digits = self.measure.digits
+        text = f"{digits(self.lower, 'down')} to {digits(self.upper, 'up')}"
+        return text + self.measure.suffix if unit else text
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A node of the chain: the baseline, an attempt at a step, the final model or an exported artifact."""
+
+    kind: Kind
+    label: str  # "3b"
+    name: str
+    verdict: str = ""
+    checks: tuple[Check, ...] = ()
+    params: str = ""
+    size_bytes: float | None = None
+    bits_per_weight: float | None = None
+    parameters: float | None = None
+    seconds: float | None = None
+    peak_rss_bytes: float | None = None
+    digest: str = ""
+    cached: bool = False
+    notes: tuple[str, ...] = ()
+    gate_off: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Label and name: "3b quantize.gptq"."""
+        return f"{self.label} {self.name}".strip()
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of an artifact."""
+
+    name: str
+    size_bytes: float | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported model: its stage plus what is stored and how it computes."""
+
+    stage: Stage
+    path: str
+    files: tuple[File, ...]
+    runtime: str
+    weights_exact: bool | None
+    compute: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A metric of the baseline."""
+
+    metric: str
+    source: str
+    value: float | None
+    interval: str
+    examples: float | None
+    tokens: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole record."""
+
+    recipe: str
+    status: str
+    exit_code: str
+    error: str
+    model: str
+    baseline: Stage
+    readings: tuple[Reading, ...]
+    attempts: tuple[Stage, ...]
+    release: Stage | None
+    artifacts: tuple[Artifact, ...]
+    versions: Mapping[str, str]
+    host: Mapping[str, str]
+    definitions: Mapping[str, str] = field(default_factory=dict)
+
+    def stages(self) -> Iterator[Stage]:
+        """Every node in the order of the chain."""
+        yield self.baseline
+        yield from self.attempts
+        if self.release is not None:
+            yield self.release
+        yield from (a.stage for a in self.artifacts)
+
+    def metrics(self) -> list[str]:
+        """The metrics checked anywhere, in order of appearance, perplexity first."""
+        names = list(dict.fromkeys(c.metric for s in self.stages() for c in s.checks))
+        return sorted(names, key=lambda name: name != "perplexity")
+
+    def final(self) -> Stage | None:
+        """The model after the last accepted step."""
+        return next((s for s in reversed(self.attempts) if s.kind == "step"), None)
+
+
+def maps(value: object) -> list[dict[str, Any]]:
+    """The mappings in a list; nothing for anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """A mapping, or an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def read(run: Mapping[str, Any]) -> Report:
+    """Read a parsed `run.json`."""
+    baseline = mapping(run.get("baseline"))
+    model = clean(baseline.get("model")) or "unnamed model"
+    attempts = tuple(s for i, step in enumerate(maps(run.get("steps"))) for s in _attempts(i + 1, step))
+    release = _release(mapping(run.get("release")), attempts)
+    artifacts = tuple(_artifact(e) for e in maps(run.get("exports")))
+    recipe = run.get("recipe")
+    report = Report(
+        recipe=clean(recipe.get("name") if isinstance(recipe, dict) else recipe),
+        status=clean(run.get("status")) or "unknown",
+        exit_code=clean(run.get("exit_code")),
+        error=clean(run.get("error")),
+        model=model,
+        baseline=_baseline(model, baseline),
+        readings=tuple(_reading(m) for m in maps(baseline.get("metrics"))),
+        attempts=attempts,
+        release=release,
+        artifacts=artifacts,
+        versions={clean(k): figures.plain(v) for k, v in mapping(run.get("versions")).items()},
+        host={clean(k): _host_value(clean(k), v) for k, v in mapping(run.get("host")).items()},
+    )
+    found = [(clean(m.get("metric")), clean(m.get("definition"))) for m in maps(baseline.get("metrics"))]
+    found += [(c.metric, c.definition) for s in report.stages() for c in s.checks]
+    definitions: dict[str, str] = {}
+    for name, text in found:
+        if text:
+            definitions.setdefault(name, text)
+    return replace(report, definitions=definitions)
+
+
+def check(record: Mapping[str, Any]) -> Check:
+    """Read one CHECK. An INVALID one says why at the end of its definition."""
+    definition, _, reason = clean(record.get("definition")).partition(" Invalid here: ")
+    return Check(
+        metric=clean(record.get("metric")) or "unnamed",
+        unit=clean(record.get("unit")),
+        source=clean(record.get("source")),
+        against=clean(record.get("against")) or "baseline",
+        verdict=_verdict(record.get("verdict")),
+        definition=definition,
+        reason=reason.removesuffix("."),
+        details=mapping(record.get("details")),
+        **{name: number(record.get(name)) for name in _NUMBERS},
+    )
+
+
+_NUMBERS = ("reference", "value", "loss", "lower", "upper", "margin", "confidence", "examples", "tokens")
+
+
+def worst(checks: tuple[Check, ...] | list[Check], metric: str) -> Check | None:
+    """The check of a metric that is nearest to failing or beyond: what cannot be measured is worst."""
+    chosen = [c for c in checks if c.metric == metric]
+
+    def badness(c: Check) -> tuple[int, float]:
+        bound = c.upper if c.upper is not None else c.loss
+        room = float("-inf") if bound is None or c.margin is None else c.margin - bound
+        return (SEVERITY.get(c.verdict, 3), room)
+
+    return min(chosen, key=badness) if chosen else None
+
+
+def _verdict(value: object) -> str:
+    return clean(value).upper()
+
+
+def _checks(value: object) -> tuple[Check, ...]:
+    return tuple(check(c) for c in maps(value))
+
+
+def _words(value: object) -> tuple[str, ...]:
+    return tuple(clean(v) for v in value) if isinstance(value, list) else ()
+
+
+def _host_value(key: str, value: object) -> str:
+    amount = number(value)
+    if isinstance(value, list):
+        return ", ".join(figures.plain(v) for v in value)
+    return figures.size(amount) if key.endswith("_bytes") and amount is not None else figures.plain(value)
+
+
+def _baseline(model: str, record: Mapping[str, Any]) -> Stage:
+    return Stage(
+        kind="baseline",
+        label="",
+        name=model,
+        size_bytes=number(record.get("size_bytes")),
+        bits_per_weight=number(record.get("bits_per_weight")),
+        parameters=number(record.get("parameters")),
+        digest=clean(record.get("digest")),
+    )
+
+
+def _reading(record: Mapping[str, Any]) -> Reading:
+    metric = clean(record.get("metric")) or "unnamed"
+    ends = record.get("interval")
+    interval = ""
+    if isinstance(ends, (list, tuple)) and len(ends) == 2:
+        interval = " to ".join(figures.value_text(metric, number(end)) for end in ends)
+    return Reading(
+        metric=metric,
+        source=clean(record.get("source")),
+        value=number(record.get("value")),
+        interval=interval,
+        examples=number(record.get("examples")),
+        tokens=number(record.get("tokens")),
+    )
+
+
+def _attempts(index: int, step: Mapping[str, Any]) -> Iterator[Stage]:
+    """The attempts at one step. Only the last can have been accepted, and only if the step's gate passed."""
+    gate = mapping(step.get("gate"))
+    records = maps(step.get("attempts")) or [dict(step, checks=gate.get("checks"), verdict=gate.get("verdict"))]
+    for position, record in enumerate(records):
+        last = position == len(records) - 1
+        verdict = _verdict(record.get("verdict") or (gate.get("verdict") if last else None))
+        accepted = last and verdict in {"", "PASS"} and _verdict(gate.get("verdict")) in {"", "PASS"}
+        own = step if last and (accepted or len(records) == 1) else record
+        checks = _checks(record.get("checks")) or (_checks(gate.get("checks")) if last else ())
+        yield Stage(
+            kind="step" if accepted else "rejected",
+            label=f"{index}{_letter(position)}" if len(records) > 1 else f"{index}",
+            name=clean(record.get("name") or step.get("name")) or "unnamed step",
+            verdict=verdict,
+            checks=checks,
+            params=figures.parameters(mapping(record.get("params", step.get("params")))),
+            size_bytes=number(own.get("size_bytes")),
+            bits_per_weight=number(own.get("bits_per_weight")),
+            parameters=number(own.get("parameters")),
+            seconds=number(record.get("seconds", step.get("seconds") if len(records) == 1 else None)),
+            peak_rss_bytes=number(own.get("peak_rss_bytes")),
+            digest=clean(own.get("digest")),
+            cached=bool(own.get("cached")),
+            notes=_words(record.get("notes")) or (_words(step.get("notes")) if last else ()),
+            gate_off=_words(step.get("gate_off")) if last else (),
+        )
+
+
+def _letter(position: int) -> str:
+    return chr(ord("a") + position) if position < 26 else f".{position + 1}"
+
+
+def _release(record: Mapping[str, Any], attempts: tuple[Stage, ...]) -> Stage | None:
+    if not record.get("verdict") and not record.get("checks"):
+        return None
+    final = next((s for s in reversed(attempts) if s.kind == "step"), None)
+    return Stage(
+        kind="release",
+        label="",
+        name="release",
+        verdict=_verdict(record.get("verdict")),
+        checks=_checks(record.get("checks")),
+        size_bytes=final.size_bytes if final else None,
+        bits_per_weight=final.bits_per_weight if final else None,
+    )
+
+
+def _artifact(record: Mapping[str, Any]) -> Artifact:
+    gate = mapping(record.get("gate"))
+    exact = record.get("weights_exact")
+    stage = Stage(
+        kind="export",
+        label="",
+        name=clean(record.get("format")) or "unnamed format",
+        verdict=_verdict(gate.get("verdict")),
+        checks=_checks(gate.get("checks")),
+        size_bytes=number(record.get("size_bytes")),
+        bits_per_weight=number(record.get("bits_per_weight")),
+        seconds=number(record.get("seconds")),
+        peak_rss_bytes=number(record.get("peak_rss_bytes")),
+        notes=_words(record.get("notes")),
+        gate_off=_words(record.get("gate_off")),
+    )
+    return Artifact(
+        stage=stage,
+        path=clean(record.get("path")),
+        files=tuple(
+            File(clean(f.get("name")), number(f.get("bytes")), clean(f.get("sha256")))
+            for f in maps(record.get("files"))
+        ),
+        runtime=clean(record.get("runtime")),
+        weights_exact=exact if isinstance(exact, bool) else None,
+        compute=clean(record.get("compute")),
+    )
