@@ -1,0 +1,299 @@
+"""The command line. Results go to stdout, progress to stderr; the exit code says what was proven."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from compress.errors import CompressError, ResourceExhausted
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+    from compress.run import Reporter
+
+app = typer.Typer(
+    name="compress",
+    help="Compress a language model by a recipe, prove each step, and export what was proven.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library logs.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a field, e.g. steps.2.group_size=64; repeatable."),
+]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
+
+
+@app.command()
+def apply(
+    recipe: RecipeName,
+    run_dir: Annotated[Path | None, typer.Option(help="The run's own folder; running again resumes.")] = None,
+    set_: Override = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out a recipe: steps with gates, exports with gates, and a report."""
+    with _errors(debug), _reporter(quiet) as reporter:
+        from compress import recipe as recipes
+        from compress import run
+
+        loaded = recipes.load(recipes.find(recipe), set_ or [])
+        record, folder = run.apply(loaded, run_dir, reporter=reporter)
+    found = json.loads(record.to_json())
+    if as_json:
+        _print_json(found)
+    else:
+        from compress import report
+
+        print("\n".join(report.summary_lines(found)))
+        print(f"report: {folder / 'report.html'}")
+    raise typer.Exit(record.exit_code)
+
+
+@app.command()
+def plan(recipe: RecipeName, set_: Override = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Say what a recipe will do, cost and be able to prove, before any weight is loaded."""
+    with _errors(debug):
+        from compress import plan as plans
+        from compress import recipe as recipes
+        from compress import source
+
+        loaded = recipes.load(recipes.find(recipe), set_ or [])
+        opened = source.download(source.resolve(loaded.model))
+        found = plans.describe(loaded, source.facts(opened))
+    if as_json:
+        _print_json(found)
+    else:
+        print("\n".join(_plan_lines(found)))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="pkg:NAME, a folder, a .gguf, an ONNX folder, or org/name@revision.")],
+    with_: Annotated[str, typer.Option("--with", help="Evaluators, separated by commas.")] = "perplexity",
+    against: Annotated[str | None, typer.Option(help="A reference model to measure losses against.")] = None,
+    data: Annotated[str, typer.Option(help="wiki, pydoc, file:PATH or hub:NAME.")] = "wiki",
+    documents: Annotated[int, typer.Option(min=1, help="Documents to score, in seeded random order.")] = 200,
+    windows: Annotated[int | None, typer.Option(min=1, help="Instead: the first N windows of the text.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of matrix products in torch.")] = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model or an exported artifact, with intervals; decides nothing and exits 0."""
+    with _errors(debug), _reporter(quiet) as reporter:
+        from compress import measure as measures
+
+        names = [name.strip() for name in with_.split(",") if name.strip()]
+        found = measures.evaluate(
+            model,
+            names,
+            against=against,
+            source=data,
+            documents=documents,
+            windows=windows,
+            length=length,
+            dtype=dtype,
+            progress=reporter.progress,
+        )
+    if as_json:
+        _print_json(found)
+    else:
+        print("\n".join(_metric_lines(found)))
+
+
+@app.command()
+def ls(
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List recipes, steps, evaluators, exporters and encodings."""
+    with _errors(debug):
+        from compress import encodings, plugin
+        from compress import recipe as recipes
+
+        found: dict[str, dict[str, str]] = {"recipes": recipes.shipped()}
+        lookups: dict[str, Callable[[str], Any]] = {
+            "step": plugin.step,
+            "evaluator": plugin.evaluator,
+            "exporter": plugin.exporter,
+        }
+        for kind, lookup in lookups.items():
+            found[f"{kind}s"] = {n: (lookup(n).__doc__ or "").strip().splitlines()[0] for n in plugin.names(kind)}
+        found["encodings"] = {name: encodings.describe(name) for name in encodings.NAMES}
+    if as_json:
+        _print_json(found)
+        return
+    for title, entries in found.items():
+        print(title)
+        width = max(map(len, entries), default=0)
+        for name, text in entries.items():
+            print(f"  {name:<{width}}  {text}")
+
+
+def main() -> NoReturn:
+    """Entry point of the `compress` command."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Idle threads of torch and llama.cpp sleep instead of spinning: twice as fast beside other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+    sys.exit(0)
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Every failure as one line on stderr and its exit code; a traceback only under --debug."""
+    _logging(debug)
+    try:
+        yield
+    except (CompressError, MemoryError, OSError, KeyboardInterrupt) as error:
+        if debug and not isinstance(error, KeyboardInterrupt):
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            _fail("interrupted; run the same command again to resume", 130)
+        if isinstance(error, CompressError):
+            _fail(str(error), error.exit_code)
+        full = isinstance(error, MemoryError) or error.errno in (12, 28, 122)
+        code = ResourceExhausted.exit_code if full else CompressError.exit_code
+        _fail(f"{type(error).__name__}: {error or 'out of memory'}", code)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"internal error, {type(error).__name__}: {error} (--debug shows where)", CompressError.exit_code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"compress: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _logging(debug: bool) -> None:
+    import logging
+
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    if not debug:
+        for name in ("transformers", "huggingface_hub", "onnxruntime", "gguf", "torch"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _reporter(quiet: bool) -> Iterator[Reporter]:
+    """Progress on stderr: a live bar on a terminal, plain lines elsewhere, nothing when quiet."""
+    from compress.run import Reporter
+
+    if quiet:
+        yield Reporter()
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            yield Reporter(say=lambda line: bars.console.print(line, markup=False), progress=_live(bars))
+    else:
+        yield Reporter(say=lambda line: print(line, file=sys.stderr, flush=True), progress=_plain_progress())
+
+
+def _live(bars: Bars) -> Callable[[str, float], None]:
+    task = bars.add_task("", total=1.0)
+    current = ""
+
+    def update(label: str, fraction: float) -> None:
+        nonlocal current
+        family = label.split(":")[0]
+        if family != current or fraction == 0:
+            bars.reset(task)
+            current = family
+        bars.update(task, description=label, completed=fraction)
+
+    return update
+
+
+def _plain_progress(every_seconds: float = 20.0) -> Callable[[str, float], None]:
+    last = time.monotonic()
+
+    def update(label: str, fraction: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every_seconds:
+            last = time.monotonic()
+            print(f"    {label}  {fraction:.0%}", file=sys.stderr, flush=True)
+
+    return update
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _plan_lines(found: dict[str, Any]) -> list[str]:
+    """A plan for a reader: a line per step, with what each check can resolve below it."""
+    base = found["baseline"]
+    lines = [f"{found['recipe']}: {found['model']}, {found['parameters'] / 1e6:.1f} M weights"]
+    lines.append(f"baseline  {base['size_bytes'] / 1e6:.1f} MB, {base['bits_per_weight']:.2f} bits per weight")
+    for step in found["steps"]:
+        seconds = step["seconds_estimate"]
+        times = f"about {seconds:.0f} s + gate {step['gate_seconds_estimate']:.0f} s" if seconds is not None else ""
+        size = f"{step['size_bytes'] / 1e6:.1f} MB, {step['bits_per_weight']:.2f} bits"
+        memory = f"up to {step['memory_bytes_estimate'] / 1e9:.1f} GB"
+        lines.append(f"step  {step['name']}  {size}, {times}, {memory}")
+        lines += [f"  otherwise {other['name']}  {other['size_bytes'] / 1e6:.1f} MB" for other in step["otherwise"]]
+        lines += [f"  {line}" for line in _power_lines(step["checks"])]
+    lines += ["release", *(f"  {line}" for line in _power_lines(found["release"]))]
+    lines += [f"export  {entry['format']}" for entry in found["exports"]]
+    lines += [f"basis of {name}: {text}" for name, text in found["basis"].items()]
+    return lines + [f"warning: {warning}" for warning in found["warnings"]]
+
+
+def _power_lines(checks: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for check in checks:
+        if check["source"] == "files":
+            lines.append(f"{check['metric']}: exact, from the files")
+            continue
+        resolves = check["resolves_shown"] or "unknown"
+        lines.append(
+            f"{check['metric']} on {check['source']}: margin {check['margin_shown']}, "
+            f"resolves {resolves} at 80 % power with {check['documents']} documents"
+        )
+    return lines
+
+
+def _metric_lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"{found['model']}  ({found['runtime']}; {found['compute']})"]
+    for metric in found["metrics"]:
+        low, high = metric["interval"]
+        line = f"{metric['metric']}  {metric['value']:.4f}"
+        if low is not None and high is not None:
+            line += f"  [{low:.4f}, {high:.4f}] at 95 %"
+        lines.append(f"{line}  n={metric['examples']} on {metric['source']}, {metric['tokens']} tokens")
+        if loss := metric.get("against"):
+            lines.append(
+                f"  against {found['against']}: {loss['loss']:+.5f} "
+                f"[{loss['lower']:+.5f}, {loss['upper']:+.5f}] {metric['unit']}"
+            )
+    return lines

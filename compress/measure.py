@@ -1,0 +1,180 @@
+"""Measuring without deciding: metrics of one model, and its losses against another, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress import data as data_module
+from compress import plugin
+from compress.errors import GateInconclusive, RecipeError
+from compress.gate import ScoreCache, batches, cached_scores
+from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Score
+from compress.record import Metric
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_Z95 = 1.959964  # two-sided normal quantile
+WINDOWS_AT_ONCE = 4  # of 512 tokens: about 400 MB of float32 logits under a vocabulary of 50,000
+
+
+def open_model(spec: str, dtype: str = "float32") -> LanguageModel:
+    """Whatever `spec` names, in the runtime that executes it.
+
+    A folder with model.onnx opens in onnxruntime, a .gguf file in llama.cpp, an artifact of a run, a
+    transformers folder, "pkg:NAME" or "org/name@revision" in torch.
+    """
+    from compress import artifact, source
+
+    path = Path(spec).expanduser()
+    if (path / "model.onnx").is_file():
+        return plugin.exporter("onnx")().open(path)
+    if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf"))):
+        return plugin.exporter("gguf")().open(path)
+    if (path / artifact.MANIFEST).is_file():
+        artifact.verify(path)
+        return artifact.load(path, dtype)
+    return source.load(spec, dtype)
+
+
+def documents_of(source: str, length: int, documents: int | None, seed: int = 0) -> Documents:
+    """The evaluation documents of a source, as a recipe with this seed would see them."""
+    (part,) = data_module.split([data_module.Request("evaluation", source, None, length)], seed)
+    pairs = [(d.id, d.text) for d in part.documents[:documents]]
+    return Documents(source, pairs, part.digest, length)
+
+
+def consecutive_windows(source: str, length: int, windows: int) -> Documents:
+    """The first `windows` windows of a source's whole text, as one document that `measure` cuts up.
+
+    This is how perplexity on a standard text is usually quoted; neighbouring windows are not independent.
+    """
+    whole = "".join(d.text for d in data_module.documents(source))
+    return Documents(source, [(f"first {windows} windows", whole)], f"windows:{windows}", length)
+
+
+def score_examples(
+    evaluator: Evaluator, model: LanguageModel, data: Documents, windows: int | None
+) -> Iterator[list[Example]]:
+    """Batches of examples: documents, or single windows where a number of them is given."""
+    if windows is None:
+        for part in batches(data.documents):
+            yield evaluator.examples(replace(data, documents=part), model.encode)
+        return
+    (whole,) = evaluator.examples(data, model.encode)
+    cut = [Example(f"window {i}", f"window {i}", (w,)) for i, w in enumerate(whole.payload[:windows])]
+    if len(cut) < windows or len(cut[-1].payload[0]) < data.length:
+        raise RecipeError(f"{data.source} fills fewer than {windows} windows of {data.length} tokens")
+    for start in range(0, windows, WINDOWS_AT_ONCE):
+        yield cut[start : start + WINDOWS_AT_ONCE]
+
+
+def measure(
+    evaluator: Evaluator,
+    model: LanguageModel,
+    data: Documents,
+    *,
+    reference: LanguageModel | None = None,
+    windows: int | None = None,
+    cache: ScoreCache | None = None,
+    progress: Progress = lambda label, fraction: None,
+) -> Metric:
+    """One metric over all documents (or single windows, see `score_examples`), and its loss against a reference.
+
+    Intervals are fixed-sample 95 % intervals over documents (linearized ratio), for reading, not for deciding.
+    Raises GateInconclusive where there is nothing finite to report.
+    """
+    new: list[Score] = []
+    old: list[Score] = []
+    total = windows or len(data.documents)
+    for batch in score_examples(evaluator, model, data, windows):
+        if evaluator.relative:
+            new += evaluator.score(model, batch, reference)
+        else:
+            new += cached_scores(evaluator, model, data, batch, cache)
+            if reference is not None:
+                old += cached_scores(evaluator, reference, data, batch, cache)
+        progress(f"{evaluator.name} on {data.source}", min(1.0, len(new) / total))
+    weights = np.array([s.weight for s in new])
+    if not len(weights) or not weights.sum():
+        raise GateInconclusive(f"{evaluator.name} on {data.source}: no token was scored; give longer documents")
+    totals = np.array([s.total for s in new])
+    if not np.isfinite(totals).all():
+        raise GateInconclusive(f"{evaluator.name} on {data.source}: the model's scores are not finite")
+    mean, half = _ratio(totals, weights)
+    against = None
+    if old:
+        loss, half_loss = _ratio(totals - np.array([s.total for s in old]), weights)
+        against = {"loss": loss, "lower": loss - half_loss, "upper": loss + half_loss}
+
+    def value(x: float) -> float:
+        return evaluator.value([Score("", x, 1.0)])
+
+    return Metric(
+        metric=evaluator.name,
+        unit=evaluator.unit,
+        source=data.source,
+        value=value(mean),
+        interval=(value(mean - half), value(mean + half)),
+        examples=len(new),
+        tokens=round(float(weights.sum())),
+        definition=evaluator.definition,
+        against=against,
+    )
+
+
+def _ratio(totals: NDArray[Any], weights: NDArray[Any]) -> tuple[float, float]:
+    """Σ totals / Σ weights and the half-width of its 95 % interval, infinite for a single example."""
+    ratio = float(totals.sum() / weights.sum())
+    n = len(totals)
+    if n < 2:
+        return ratio, math.inf
+    error = np.std(totals - ratio * weights, ddof=1) / (weights.mean() * math.sqrt(n))
+    return ratio, float(_Z95 * error)
+
+
+def evaluate(
+    model: str,
+    names: Sequence[str],
+    *,
+    against: str | None = None,
+    source: str = "wiki",
+    documents: int | None = 200,
+    windows: int | None = None,
+    length: int = 512,
+    dtype: str = "float32",
+    progress: Progress = lambda label, fraction: None,
+) -> dict[str, Any]:
+    """Metrics of a model, or of an exported artifact in its runtime; see `open_model` and `measure`.
+
+    Returns {model, runtime, compute, against, metrics}. Raises RecipeError for unknown evaluators, and for
+    relative ones (divergence) without a reference.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise RecipeError(f"dtype {dtype!r}; expected float32 or bfloat16")
+    kinds = [plugin.evaluator(name) for name in names]
+    if not kinds:
+        raise RecipeError(f"no evaluator named; {plugin.nearest('', plugin.names('evaluator'))}")
+    for kind in kinds:
+        if kind.statistic == "exact":
+            raise RecipeError(f"{kind.name} is measured on a run's files, not by eval")
+        if kind.relative and against is None:
+            raise RecipeError(f"{kind.name} compares two models; add --against MODEL")
+    data = consecutive_windows(source, length, windows) if windows else documents_of(source, length, documents)
+    opened = open_model(model, dtype)
+    reference = open_model(against, dtype) if against else None
+    evaluators = [kind.model_construct() for kind in kinds]  # measuring needs no margin
+    metrics = [measure(e, opened, data, reference=reference, windows=windows, progress=progress) for e in evaluators]
+    return {
+        "model": model,
+        "runtime": opened.runtime,
+        "compute": opened.compute,
+        "against": against,
+        "metrics": [m.model_dump(mode="json") for m in metrics],
+    }

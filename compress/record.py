@@ -1,0 +1,120 @@
+"""The types of run.json; its JSON Schema is generated from them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.gate import CheckResult, Figure, GateResult, Verdict
+
+SCHEMA = "compress.run/1"
+Status = Literal["passed", "failed", "inconclusive", "error"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Metric(_Record):
+    """A figure of one model with its 95 % interval over documents."""
+
+    metric: str
+    unit: str
+    source: str
+    value: Figure
+    interval: tuple[Figure, Figure]
+    examples: int
+    tokens: int
+    definition: str
+    against: dict[str, Figure] | None = None  # loss, lower, upper, where a reference was given
+
+
+class Baseline(_Record):
+    """The model that losses are measured against."""
+
+    model: str
+    digest: str
+    size_bytes: int
+    metrics: list[Metric]
+
+
+class Attempt(_Record):
+    """One try of a step, accepted or not."""
+
+    name: str
+    params: dict[str, Any]
+    verdict: Verdict | Literal["UNGATED"]
+    checks: list[CheckResult]
+    seconds: float
+    cached: bool
+    size_bytes: int
+    bits_per_weight: float
+    notes: list[str]
+
+
+class StepRecord(_Record):
+    """A step as accepted, or as last tried; `attempts` holds every try in order, this one last."""
+
+    name: str
+    params: dict[str, Any]
+    parent: str
+    digest: str
+    cached: bool
+    seconds: float
+    peak_rss_bytes: int
+    parameters: int
+    size_bytes: int
+    bits_per_weight: float
+    gate: GateResult | None
+    gate_off: list[str]
+    notes: list[str]
+    attempts: list[Attempt]
+
+
+class FileRecord(_Record):
+    """A file of an export."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class ExportRecord(_Record):
+    """An exported artifact; `path` is relative to the run's folder, and empty while nothing is published."""
+
+    format: str
+    params: dict[str, Any]
+    path: str
+    files: list[FileRecord]
+    size_bytes: int
+    bits_per_weight: float
+    runtime: str
+    weights_exact: bool
+    compute: str
+    seconds: float
+    gate: GateResult
+
+
+class RunRecord(_Record):
+    """Everything that `apply` did."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    schema_: str = Field(SCHEMA, alias="schema")
+    recipe: str
+    key: str
+    status: Status = "error"
+    exit_code: int = 1
+    error: str | None = None
+    versions: dict[str, str]
+    host: dict[str, str | int]
+    data: list[dict[str, Any]] = Field(default_factory=list)
+    baseline: Baseline | None = None
+    steps: list[StepRecord] = Field(default_factory=list)
+    release: GateResult | None = None
+    exports: list[ExportRecord] = Field(default_factory=list)
+
+    def to_json(self) -> str:
+        """As written to run.json: strict JSON, non-finite figures as null."""
+        return self.model_dump_json(by_alias=True, indent=1)

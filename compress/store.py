@@ -1,0 +1,103 @@
+"""The content-addressed cache of artifacts and records, shared by all runs of a user.
+
+Everything is named by what determines it, published whole or not at all, and checked when it is read: an
+entry whose bytes do not match its digest is set aside under `quarantine/` and computed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress import artifact
+from compress.errors import Corrupt
+
+log = logging.getLogger(__name__)
+
+
+def default_root() -> Path:
+    """$COMPRESS_HOME, or the user's cache folder."""
+    home = os.environ.get("COMPRESS_HOME")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(home) if home else cache / "compress-toolkit"
+
+
+def key_of(facts: Mapping[str, Any]) -> str:
+    """Digest of what determines a result; equal facts give equal keys, whatever their order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+class Store:
+    """Artifacts (folders) and records (JSON values) by key."""
+
+    def __init__(self, root: Path | None = None):
+        self.root = (root or default_root()) / "store"
+
+    def artifact_path(self, key: str) -> Path:
+        """Where the artifact of a key is, or will be."""
+        return self.root / "artifacts" / key
+
+    def artifact(self, key: str) -> Path | None:
+        """The artifact of a key, its manifest readable; None where it is absent or was quarantined."""
+        folder = self.artifact_path(key)
+        if not folder.exists():
+            return None
+        try:
+            artifact.manifest(folder)
+        except Corrupt as error:
+            self.quarantine(folder, error)
+            return None
+        return folder
+
+    def quarantine(self, path: Path, reason: Exception) -> None:
+        """Set a damaged entry aside, so that it is computed anew and can be looked at."""
+        log.warning("%s; set aside and computed anew", reason)
+        target = self.root / "quarantine" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target.with_name(f"{target.name}.{os.getpid()}.{len(list(target.parent.iterdir()))}"))
+
+    def get(self, key: str) -> Any | None:
+        """The record of a key, or None."""
+        path = self._record(key)
+        try:
+            envelope = json.loads(path.read_text())
+            if envelope["sha256"] != _digest(envelope["value"]):
+                raise ValueError("digest differs")
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            self.quarantine(path, Corrupt(f"{path}: not what was stored ({error})"))
+            return None
+        return envelope["value"]
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a record, atomically."""
+        write_atomic(self._record(key), json.dumps({"sha256": _digest(value), "value": value}))
+
+    def _record(self, key: str) -> Path:
+        return self.root / "records" / key[:2] / f"{key}.json"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part: fsync, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
