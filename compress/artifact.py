@@ -36,9 +36,11 @@ def save(model: Model, folder: Path) -> str:
     temporary.mkdir(parents=True)
     tensors, encodings = _flatten(model)
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-    (temporary / "config.json").write_text(model.module.config.to_json_string(use_diff=False))
+    config = {**model.module.config.to_dict(), "dtype": "float32", "architectures": [type(model.module).__name__]}
+    config.pop("_name_or_path", None)  # where it was loaded from is no part of it
+    (temporary / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str))
     model.module.generation_config.save_pretrained(temporary)
-    model.tokenizer.save_pretrained(temporary)
+    _save_tokenizer(model, temporary)
     manifest = {
         "schema": SCHEMA,
         "name": model.name,
@@ -138,6 +140,16 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save_tokenizer(model: Model, folder: Path) -> None:
+    """The tokenizer's files, without transformers' notes on how it was opened this time."""
+    model.tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for note in ("is_local", "local_files_only", "name_or_path"):
+        config.pop(note, None)
+    path.write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False), encoding="utf-8")
 
 
 def _flatten(model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
