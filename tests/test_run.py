@@ -1,0 +1,135 @@
+"""Whole runs on a tiny model: verdicts, exit codes, re-use, and what is published."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from compress import recipe as recipes
+from compress import run
+from compress.errors import RecipeError
+from compress.record import RunRecord
+from compress.store import Store
+from tests.export.test_gguf import tiny
+from tests.tiny import WORDS
+
+RECIPE = """
+model: {model}
+data:
+  calibration: {{source: "file:{text}", tokens: 1024, length: 32}}
+  selection: {{source: "file:{text}", tokens: 512, length: 32}}
+  evaluation: [{{source: "file:{text}", length: 64}}]
+release: [{{perplexity: {{max_increase: 5%}}}}, {{divergence: {{max_mean: 0.02}}}}]
+gate: [{{divergence: {{max_mean: 0.02}}}}]
+steps: {steps}
+export: {export}
+"""
+INT8 = "quantize.rtn: {encoding: int8, group_size: 32, embeddings: int8}"
+INT2 = "quantize.rtn: {encoding: int2, group_size: 32, embeddings: int2}"
+INT4 = "quantize.rtn: {encoding: int4, group_size: 32, embeddings: int4}"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a saved tiny model and 600 documents."""
+    folder = tmp_path_factory.mktemp("place")
+    model = tiny()
+    model.module.save_pretrained(folder / "model")
+    model.tokenizer.save_pretrained(folder / "model")
+    rng = random.Random(0)
+    rows = [{"id": f"d{i}", "text": " ".join(rng.choices(WORDS, k=rng.randint(6, 12)))} for i in range(600)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def load(place: Path, steps: str, export: str = "[]", overrides: tuple[str, ...] = ()) -> recipes.Recipe:
+    text = RECIPE.format(model=place / "model", text=place / "text.jsonl", steps=steps, export=export)
+    return recipes.load(text, overrides)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return Store(tmp_path_factory.mktemp("home"))
+
+
+def test_a_run_rejects_accepts_exports_and_is_re_used(place, store, tmp_path):
+    # 4 bits of random weights diverge far beyond the margin: the alternative must be taken
+    recipe = load(place, f"[{{{INT4}, otherwise: [{{{INT8}}}]}}]", "[gguf: {}]")
+    record, folder = run.apply(recipe, tmp_path / "run", store)
+    assert (record.status, record.exit_code) == ("passed", 0), record
+    (step,) = record.steps
+    assert [a.verdict for a in step.attempts] == ["FAIL", "PASS"]
+    assert step.params["encoding"] == "int8" and step.gate.verdict == "PASS"
+    (export,) = record.exports
+    assert export.weights_exact and {c.metric for c in export.gate.checks} == {"perplexity", "divergence", "decode"}
+    for file in export.files:
+        assert (folder / export.path / file.name).stat().st_size == file.bytes
+    for name in ("run.json", "report.html", "report.md", "recipe.resolved.yaml"):
+        assert (folder / name).is_file()
+    parsed = json.loads((folder / "run.json").read_text())
+    assert RunRecord.model_validate(parsed) == record
+    again, _ = run.apply(recipe, tmp_path / "run", store)
+    assert again == record
+    elsewhere, _ = run.apply(recipe, tmp_path / "other", store)
+    assert elsewhere.steps[0].cached and elsewhere.steps[0].digest == step.digest
+    assert elsewhere.exports[0].files == export.files
+
+
+def test_a_damaged_export_is_made_anew(place, store, tmp_path):
+    recipe = load(place, f"[{{{INT8}}}]", "[gguf: {}]")
+    record, folder = run.apply(recipe, tmp_path / "run", store)
+    path = folder / record.exports[0].path / record.exports[0].files[0].name
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    again, _ = run.apply(recipe, tmp_path / "run", store)
+    raw[-1] ^= 1
+    assert again.status == "passed" and path.read_bytes() == bytes(raw)
+
+
+def test_a_failed_gate_is_exit_3_and_exports_nothing(place, store, tmp_path):
+    record, folder = run.apply(load(place, f"[{{{INT4}}}]", "[gguf: {}]"), tmp_path / "run", store)
+    assert (record.status, record.exit_code) == ("failed", 3)
+    assert not record.exports and not (folder / "artifacts").exists()
+    assert "FAIL" in (folder / "report.md").read_text()
+
+
+def test_too_little_data_is_exit_4(place, store, tmp_path):
+    steps = f"[{{{INT8}, gate: [{{perplexity: {{max_increase: 0.001%, max_documents: 60}}}}]}}]"
+    record, _ = run.apply(load(place, steps), tmp_path / "run", store)
+    assert (record.status, record.exit_code) == ("inconclusive", 4)
+    few = place / "few.jsonl"
+    few.write_text("".join((place / "text.jsonl").read_text().splitlines(keepends=True)[:60]))
+    text = (place / "few.jsonl").as_posix()
+    source = RECIPE.format(model=place / "model", text=text, steps=f"[{{{INT8}}}]", export="[]")
+    source = source.replace("tokens: 1024", "tokens: 64").replace("tokens: 512", "tokens: 32")
+    record, _ = run.apply(recipes.load(source), tmp_path / "few", store)
+    assert (record.status, record.exit_code) == ("inconclusive", 4)
+    assert record.steps[0].gate.checks[0].verdict == "INVALID"
+
+
+def test_a_plan_that_cannot_work_is_refused_before_anything_is_written(place, store, tmp_path):
+    with pytest.raises(RecipeError, match=r"recipe.yaml:\d+:\d+ .*int2"):
+        run.apply(load(place, f"[{{{INT2}}}]", "[gguf: {}]"), tmp_path / "run", store)
+    assert not (tmp_path / "run").exists()
+
+
+def test_set_changes_the_key_and_is_recorded(place, store, tmp_path):
+    one = load(place, f"[{{{INT8}}}]")
+    two = load(place, f"[{{{INT8}}}]", overrides=("steps.0.group_size=16",))
+    first, _ = run.apply(one, tmp_path / "a", store)
+    second, folder = run.apply(two, tmp_path / "b", store)
+    assert first.key != second.key and "group_size: 16" in (folder / "recipe.resolved.yaml").read_text()
+
+
+def test_a_damaged_store_entry_is_set_aside_and_computed_anew(place, store, tmp_path):
+    recipe = load(place, f"[{{{INT8}}}]")
+    record, _ = run.apply(recipe, tmp_path / "a", store)
+    for manifest in (store.root / "artifacts").glob("*/compression.json"):
+        manifest.write_text("{")
+    for kept in (store.root / "records").rglob("*.json"):
+        kept.write_text(kept.read_text().replace("1", "2", 1))
+    again, _ = run.apply(recipe, tmp_path / "b", store)
+    assert again.status == "passed" and again.steps[0].digest == record.steps[0].digest
+    assert list((store.root / "quarantine").iterdir())
