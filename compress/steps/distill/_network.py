@@ -1,0 +1,154 @@
+"""Networks as distillation runs them: body and head apart, frozen matrices held in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import linear
+
+from compress.errors import RecipeError
+
+if TYPE_CHECKING:
+    from compress.model import Model
+
+
+class Network:
+    """A model's body and head with matrix products in bfloat16 (autocast) and everything else in float32.
+
+    Autocast converts a frozen weight at every forward; `learns=False`, and every frozen matrix of a network
+    that learns, are converted once instead. Build it after `requires_grad` is set.
+    """
+
+    def __init__(self, module: Any, learns: bool):
+        self.body = module.base_model
+        self.output = module.get_output_embeddings()
+        embedding = module.get_input_embeddings().weight
+        self.frozen: dict[str, Tensor] = {
+            name: parameter.detach().bfloat16()
+            for name, parameter in self.body.named_parameters()
+            if parameter.ndim == 2 and parameter is not embedding and not (learns and parameter.requires_grad)
+        }
+        frozen_head = not (learns and self.output.weight.requires_grad)
+        self.head_weight = self.output.weight.detach().bfloat16() if frozen_head else self.output.weight
+
+    def hidden(self, window: Tensor) -> Tensor:
+        """Final hidden states (length, width) of one window (length,)."""
+        with torch.autocast("cpu", torch.bfloat16):
+            states: Tensor = functional_call(
+                self.body, self.frozen, kwargs={"input_ids": window[None], "use_cache": False}
+            ).last_hidden_state
+        return states[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (tokens, vocabulary) in bfloat16."""
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear(hidden, self.head_weight, self.output.bias)
+
+
+def trained_tensors(model: Model, train: str) -> list[str]:
+    """Names of the tensors that training `norms`, `lora` or `all` changes; RecipeError if one is encoded."""
+    facts, names = model.facts, [name for name, _ in model.module.named_parameters()]
+    if train == "norms":
+        of_blocks = tuple(f".{norm}.weight" for norm in facts.architecture.block_norms)
+        names = [n for n in names if n.endswith(of_blocks) or n == f"{facts.architecture.final_norm}.weight"]
+    elif train == "lora":
+        names = [f"{module}.weight" for module in facts.linears]
+    for name in names:
+        if name in model.encoded:
+            raise RecipeError(
+                f"distill.logits: train={train} would change {name}, already stored as "
+                f"{model.encoded[name].encoding}; distill before quantizing"
+            )
+    return names
+
+
+@contextmanager
+def training(model: Model, train: str, rank: int, seed: int) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters to train, by name; on leaving, adapters are merged and masked weights are zero.
+
+    If the body raises, every weight is as it was before.
+    """
+    tensors = trained_tensors(model, train)
+    flags = {name: p.requires_grad for name, p in model.module.named_parameters()}
+    adapters: Any = None
+    parameters: dict[str, nn.Parameter] = {}
+    start: dict[str, Tensor] = {}
+    try:
+        model.module.requires_grad_(False)
+        adapters = _add_adapters(model, rank, seed) if train == "lora" else None
+        wanted = set() if adapters else set(tensors)
+        parameters = {n: p for n, p in model.module.named_parameters() if n in wanted or ".lora_" in n}
+        start = {} if adapters else snapshot(parameters)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield parameters
+        if adapters:
+            adapters.merge_and_unload()
+    except BaseException:
+        if adapters:
+            adapters.unload()
+        restore(parameters, start)
+        raise
+    finally:
+        for name, parameter in model.module.named_parameters():
+            parameter.requires_grad_(flags[name]).grad = None
+        apply_masks(model.masks, dict(model.module.named_parameters()))
+        model.touch()
+
+
+def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of the values."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@torch.no_grad()
+def restore(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Write a snapshot back."""
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+@torch.no_grad()
+def apply_masks(masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Zero, in place, what the masks drop of the tensors that have one."""
+    for name in masks.keys() & tensors.keys():
+        tensors[name].masked_fill_(~masks[name], 0.0)
+
+
+def _add_adapters(model: Model, rank: int, seed: int) -> Any:
+    """A peft model around the module with low-rank adapters on the blocks' linears, masked like the weights.
+
+    Hu et al. 2021, arXiv:2106.09685.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RecipeError("distill.logits: train=lora needs peft: pip install 'compress-toolkit[distill]'") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(model.facts.linears))
+        adapters = get_peft_model(model.module, config)
+    for module in model.facts.linears:
+        if (mask := model.masks.get(f"{module}.weight")) is not None:
+            layer = model.module.get_submodule(module)
+            layer.forward = _masked_forward(layer, mask)
+    return adapters
+
+
+def _masked_forward(layer: Any, mask: Tensor) -> Any:
+    """W x + (mask ∘ B A) x: what merging into the masked weight will compute.
+
+    The two products stay apart: a sum rounded to bfloat16 would lose a small B A beside W.
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        delta = layer.get_delta_weight("default") * mask
+        base: Tensor = layer.base_layer(x)
+        return base + linear(x, delta)
+
+    return forward

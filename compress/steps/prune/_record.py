@@ -1,0 +1,46 @@
+"""What every pruning step does with a mask: refuse packed tensors, record it, write the zeros."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.errors import NumericalError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.model import Model
+
+
+def refuse_encoded(model: Model, tensors: list[str], step: str) -> None:
+    """Raise RecipeError if one of the tensors is already stored in an encoding."""
+    for name in tensors:
+        if name in model.encoded:
+            raise RecipeError(
+                f"{step}: {name} is already stored as {model.encoded[name].encoding}; prune before quantizing"
+            )
+
+
+def require_finite(scores: Tensor, name: str, step: str) -> Tensor:
+    """The scores themselves; raises NumericalError naming the tensor if one is not finite."""
+    import torch
+
+    if not torch.isfinite(scores).all():
+        raise NumericalError(f"{step}: {name} has non-finite scores (weights or calibration activations)")
+    return scores
+
+
+def record_mask(model: Model, name: str, mask: Tensor) -> None:
+    """Zero what the mask drops and remember it; a mask that drops nothing leaves no trace."""
+    if bool(mask.all()):
+        return
+    model.parameter(name).data.masked_fill_(~mask, 0.0)
+    model.masks[name] = mask
+    model.touch()
+
+
+def sparsity_note(model: Model, tensors: list[str], step: str) -> str:
+    """How many weights of the tensors the masks drop, for the report."""
+    total = sum(model.parameter(name).numel() for name in tensors)
+    zeros = sum(int((~model.masks[name]).sum()) for name in tensors if name in model.masks)
+    return f"{step}: {zeros} of {total} weights in {len(tensors)} matrices are pruned ({zeros / total:.2%})"

@@ -1,0 +1,69 @@
+"""Wanda: pruning by weights and activations, without retraining."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from compress.errors import RecipeError
+from compress.interfaces import Context, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.blocks import Block
+    from compress.model import Model
+
+
+class Wanda(Step):
+    """Drop, in each output row, the fraction `sparsity` of the weights with the smallest |W_ij| · ‖X_j‖₂.
+
+    ‖X_j‖₂ is the norm of input channel j over the calibration tokens. Blocks are pruned in order, and each
+    sees the activations that the pruned blocks before it produce; the linears of one block are all measured
+    before any of them is pruned. Counts are exact per row: sparsity · in_features, rounded down.
+    Sun et al. 2023, arXiv:2306.11695, Algorithm 1.
+    """
+
+    name: ClassVar[str] = "prune.wanda"
+    masks: ClassVar[bool] = True
+    uses_calibration: ClassVar[bool] = True
+
+    sparsity: float = Field(ge=0, lt=1, allow_inf_nan=False)
+
+    def apply(self, model: Model, context: Context) -> None:
+        """Prune in place; each mask lands in `model.masks`."""
+        from compress.blocks import walk
+        from compress.numerics.masks import keep_highest, wanda_scores
+        from compress.steps.prune._record import record_mask, refuse_encoded, require_finite, sparsity_note
+
+        tensors = [f"{module}.weight" for module in model.facts.linears]
+        refuse_encoded(model, tensors, self.name)
+        if not context.calibration:
+            raise RecipeError(f"{self.name} needs calibration data; add data.calibration to the recipe")
+        dead = 0
+        for block in walk(model, context.calibration, context.progress):
+            norms = _channel_norms(block)
+            for module, linear in block.linears.items():
+                tensor = f"{module}.weight"
+                dead += int((norms[module] == 0).sum())
+                scores = require_finite(wanda_scores(linear.weight.detach(), norms[module]), tensor, self.name)
+                record_mask(model, tensor, keep_highest(scores, self.sparsity, model.masks.get(tensor)))
+        context.notes.append(sparsity_note(model, tensors, self.name))
+        if dead:
+            context.notes.append(f"{self.name}: {dead} input channels were zero on all calibration tokens")
+
+
+def _channel_norms(block: Block) -> dict[str, Tensor]:
+    """‖X_j‖₂ of each linear's input channels over the calibration, (in_features,) float64, by module name."""
+    import torch
+
+    squares: dict[str, Tensor] = {}
+
+    def add(names: tuple[str, ...], X: Tensor) -> None:
+        total = X.square().sum(dim=0, dtype=torch.float64)
+        for name in names:
+            squares[name] = squares[name] + total if name in squares else total
+
+    block.observe(add)
+    return {name: total.sqrt() for name, total in squares.items()}
