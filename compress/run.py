@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, data, plan, source
+from compress import artifact, data, machine, plan, source
 from compress.encodings import EncodedTensor, same_stored
 from compress.errors import CompressError, Corrupt
 from compress.gate import Gate, GateResult, Sizes, combine
@@ -547,15 +547,4 @@ def _version(name: str) -> str:
 
 def _host() -> dict[str, str | int]:
     """What decides floating-point results besides versions: processor and threads."""
-    return {"machine": platform.machine(), "processor": _processor(), "cpus": len(os.sched_getaffinity(0))}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    facts = {k.strip(): v.strip() for k, v in facts.items()}
-    features = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f in facts.get("flags", "")]
-    return " ".join([facts.get("model name", "unknown"), *features])
+    return {"machine": platform.machine(), "processor": machine.processor(), "cpus": len(os.sched_getaffinity(0))}
