@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ("compress.errors", "compress.machine"),
+    ("compress.errors", "compress.machine", "compress.publishing"),
+    ("compress.lock",),
     ("compress.numerics",),
     ("compress.encodings", "compress.architectures"),
     ("compress.model", "compress.source", "compress.permutation"),
