@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from compress.console import errors, print_json, reporter
+from compress.console import end_on_signals, errors, print_json, reporter
 
 app = typer.Typer(
     name="compress",
@@ -238,13 +237,9 @@ def main() -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Idle threads of torch and llama.cpp sleep instead of spinning: twice as fast beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    signal.signal(signal.SIGTERM, _terminate)
+    end_on_signals()
     app()
     sys.exit(0)
-
-
-def _terminate(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)
 
 
 def _plan_lines(found: dict[str, Any]) -> list[str]:

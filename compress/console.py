@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +14,36 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from compress.errors import CompressError, ResourceExhausted
+from compress.errors import CompressError, Interrupted, exit_code, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
     from compress.run import Reporter
+
+
+PATIENCE = 4.0  # seconds for an orderly end; what is on disk is sound at any moment
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+def end_on_signals() -> None:
+    """Let SIGINT and SIGTERM raise Interrupted; where that takes too long, or at a second one, just end."""
+    for signum in _ENDING:
+        signal.signal(signum, _end)
+
+
+def _end(signum: int, frame: object) -> NoReturn:
+    for other in _ENDING:
+        signal.signal(other, _end_now)
+    # The exception waits for a library's long call, and is lost in a callback from C.
+    timer = threading.Timer(PATIENCE, os._exit, [128 + signum])
+    timer.daemon = True
+    timer.start()
+    raise Interrupted(signum)
+
+
+def _end_now(signum: int, frame: object) -> NoReturn:
+    os._exit(128 + signum)
 
 
 @contextmanager
@@ -25,24 +52,18 @@ def errors(debug: bool) -> Iterator[None]:
     _logging(debug)
     try:
         yield
-    except (CompressError, MemoryError, OSError, KeyboardInterrupt) as error:
-        if debug and not isinstance(error, KeyboardInterrupt):
-            raise
-        if isinstance(error, KeyboardInterrupt):
-            _fail("interrupted; run the same command again to resume", 130)
-        if isinstance(error, CompressError):
-            _fail(str(error), error.exit_code)
-        full = isinstance(error, MemoryError) or error.errno in (12, 28, 122)
-        code = ResourceExhausted.exit_code if full else CompressError.exit_code
-        _fail(f"{type(error).__name__}: {error or 'out of memory'}", code)
+    except KeyboardInterrupt as error:
+        _fail(one_line(error), exit_code(error))
     except Exception as error:
         if debug:
             raise
-        _fail(f"internal error, {type(error).__name__}: {error} (--debug shows where)", CompressError.exit_code)
+        known = isinstance(error, CompressError | MemoryError | OSError)
+        text = one_line(error) if known else f"internal error, {one_line(error)} (--debug shows where)"
+        _fail(text, exit_code(error))
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"compress: {' '.join(message.split())}", file=sys.stderr)
+    print(f"compress: {message}", file=sys.stderr)
     raise typer.Exit(code)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import signal
+
 
 class CompressError(Exception):
     """An internal failure: what `compress` itself did wrong or could not finish (exit code 1)."""
@@ -59,3 +62,36 @@ class NetworkError(CompressError):
     """A download that was asked for did not succeed (exit code 9)."""
 
     exit_code = 9
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that asks the process to end (exit code 128 + its number)."""
+
+    def __init__(self, signum: int):
+        name = signal.Signals(signum).name
+        super().__init__(f"interrupted by {name}; run the same command again to resume")
+        self.exit_code = 128 + signum
+
+
+_FULL = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that an exception ends the process with."""
+    if isinstance(error, CompressError | Interrupted):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _FULL)
+    return ResourceExhausted.exit_code if full else CompressError.exit_code
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for people: the message of an error of ours, and the type of any other."""
+    if isinstance(error, CompressError | Interrupted):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = str(Interrupted(signal.SIGINT))
+    else:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return " ".join(text.split())

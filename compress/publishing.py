@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_SUFFIX = ".tmp"
+SUFFIX = ".tmp"
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 
 
@@ -55,9 +55,12 @@ def publish(temporary: Path, folder: Path, keep: bool = False) -> None:
 
 
 def sweep(parent: Path) -> None:
-    """Remove the temporary folders in `parent` whose writers are gone."""
-    for path in parent.glob(f".*{_SUFFIX}"):
+    """Remove the temporary folders in `parent` whose writers are gone, and temporary files, which nobody may write."""
+    for path in parent.glob(f".*{SUFFIX}"):
         with suppress(FileNotFoundError):  # its writer has just published it
+            if path.is_file():
+                path.unlink()
+                continue
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,7 +87,7 @@ def _create(folder: Path) -> tuple[Path, int]:
 
 def _beside(folder: Path) -> Path:
     """A name of its own: process ids repeat across containers that share a disk."""
-    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_SUFFIX}")
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{SUFFIX}")
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import artifact, data, lock, machine, plan, publishing, source
 from compress.encodings import EncodedTensor, same_stored
-from compress.errors import CompressError, Corrupt
+from compress.errors import Corrupt, exit_code, one_line
 from compress.gate import Gate, GateResult, Sizes, combine
 from compress.interfaces import Context, Documents, Evaluator, Exporter, LanguageModel, Progress, Step
 from compress.measure import measure
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from compress.model import Model
 
 BASELINE_DOCUMENTS = 100  # of each source, for the baseline's own figures
+UNFINISHED = "not finished: in progress, or killed; run the same command again to resume"
 _LIBRARIES = (
     "torch",
     "transformers",
@@ -92,10 +94,13 @@ def _carry_out(work: _Work) -> None:
     work.store.sweep()
     publishing.sweep(folder)
     write_atomic(folder / "recipe.resolved.yaml", work.recipe.to_yaml())
+    record.error = UNFINISHED
+    _write(record, folder)
     try:
         work.run()
-    except CompressError as error:
-        record.status, record.exit_code, record.error = "error", error.exit_code, str(error)
+        record.error = None
+    except BaseException as error:  # a signal, too
+        record.status, record.exit_code, record.error = "error", exit_code(error), one_line(error)
         raise
     finally:
         work.close()
@@ -135,6 +140,8 @@ class _Work:
         assert gate is not None
         status, self.record.exit_code = _STATUS[gate.verdict]
         self.record.status = status  # type: ignore[assignment]
+        if not any(e.path for e in self.record.exports):  # an earlier run in this folder proved something else
+            shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
 
     # --- models ------------------------------------------------------------------------------------------
 
@@ -528,8 +535,8 @@ def _write(record: RunRecord, folder: Path) -> None:
     from compress import report
 
     text = record.to_json()
-    write_atomic(folder / "run.json", text)
     report.write(json.loads(text), folder)
+    write_atomic(folder / "run.json", text)  # last: a finished record vouches for the rest
 
 
 def _versions() -> dict[str, str]:

@@ -112,7 +112,7 @@ def _digest(value: Any) -> str:
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part: fsync, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(publishing.SUFFIX, f".{path.name}.", path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)

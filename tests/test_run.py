@@ -151,3 +151,21 @@ def test_an_entry_of_the_store_that_is_there_stays(place, store, tmp_path):
     path = store.save(model, "entry")
     before = (path / "model.safetensors").stat().st_ino
     assert store.save(model, "entry") == path and (path / "model.safetensors").stat().st_ino == before
+
+
+def test_a_folder_used_again_keeps_no_artifact_of_an_earlier_recipe(place, store, tmp_path):
+    run.apply(load(place, f"[{{{INT8}}}]", "[gguf: {}]"), tmp_path / "run", store)
+    assert (tmp_path / "run" / "artifacts").exists()
+    record, folder = run.apply(load(place, f"[{{{INT4}}}]", "[gguf: {}]"), tmp_path / "run", store)
+    assert record.status == "failed" and not (folder / "artifacts").exists()
+
+
+def test_an_unforeseen_failure_is_on_record(place, store, tmp_path):
+    def fail(line: str) -> None:
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["error"] == run.UNFINISHED
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        run.apply(load(place, f"[{{{INT8}}}]"), tmp_path / "run", store, run.Reporter(say=fail))
+    found = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (found["status"], found["exit_code"]) == ("error", 6) and "No space left" in found["error"]
