@@ -25,7 +25,9 @@ STEPS = f"[{{prune.magnitude: {{sparsity: 0.05}}, gate: off}}, {{{INT4}, otherwi
 FORKS = """
 import os, signal, sys
 from pathlib import Path
-import llama_cpp, torch, transformers
+import accelerate, gguf, llama_cpp, scipy.special, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+import compress.report, export.gguf
 from compress import recipe, run
 from compress.store import Store
 
