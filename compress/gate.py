@@ -349,7 +349,7 @@ def _run(trials: Sequence[_Trial], data: Documents, cache: ScoreCache | None, pr
 
         for trial in active:
             trial.take(documents, view, cache)
-            done = trial.documents / trial.limit if trial.open else 1.0
+            done = min(1.0, trial.documents / min(trial.limit, _PLANNED)) if trial.open else 1.0
             progress(f"{trial.check.name} on {data.source}", done)
 
 
