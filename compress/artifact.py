@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt
+from compress.publishing import publish, staging
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,20 +26,27 @@ MANIFEST = "compression.json"
 SCHEMA = "compress.artifact/1"
 
 
-def save(model: Model, folder: Path) -> str:
-    """Write the model into `folder` (created, atomically: complete or absent); returns the artifact's digest."""
+def save(model: Model, folder: Path, keep: bool = False) -> str:
+    """Write the model into `folder` (created, atomically: complete or absent); returns the artifact's digest.
+
+    keep: where the folder exists already, as another process made the same, that one stays.
+    """
+    with staging(folder) as temporary:
+        _fill(model, temporary)
+        publish(temporary, folder, keep)
+    return digest(folder)
+
+
+def _fill(model: Model, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     tensors, encodings = _flatten(model)
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {**model.module.config.to_dict(), "dtype": "float32", "architectures": [type(model.module).__name__]}
     config.pop("_name_or_path", None)  # where it was loaded from is no part of it
-    (temporary / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str))
-    model.module.generation_config.save_pretrained(temporary)
-    _save_tokenizer(model, temporary)
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str))
+    model.module.generation_config.save_pretrained(folder)
+    _save_tokenizer(model, folder)
     manifest = {
         "schema": SCHEMA,
         "name": model.name,
@@ -48,28 +54,10 @@ def save(model: Model, folder: Path) -> str:
         "encodings": encodings,
         "parameters": sum(p.numel() for p in model.module.parameters()),
         "bits_per_weight": bits_per_weight(model),
-        "size_bytes": (temporary / "model.safetensors").stat().st_size,
-        "files": {p.name: file_sha256(p) for p in sorted(temporary.iterdir())},
+        "size_bytes": (folder / "model.safetensors").stat().st_size,
+        "files": {p.name: file_sha256(p) for p in sorted(folder.iterdir())},
     }
-    text = json.dumps(manifest, indent=1, sort_keys=True)
-    (temporary / MANIFEST).write_text(text)
-    publish(temporary, folder)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def publish(temporary: Path, folder: Path) -> None:
-    """Make a finished temporary folder visible under its name: fsync, rename, fsync of the parent."""
-    for file in (p for p in temporary.rglob("*") if p.is_file()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -6,20 +6,13 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from compress.errors import CompressError, ResourceExhausted
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
-
-    from compress.run import Reporter
+from compress.console import errors, print_json, reporter
 
 app = typer.Typer(
     name="compress",
@@ -40,6 +33,8 @@ Override = Annotated[
 ]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
 
+RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its run.json.")]
+
 
 @app.command()
 def apply(
@@ -51,15 +46,15 @@ def apply(
     debug: Debug = False,
 ) -> None:
     """Carry out a recipe: steps with gates, exports with gates, and a report."""
-    with _errors(debug), _reporter(quiet) as reporter:
+    with errors(debug), reporter(quiet) as told:
         from compress import recipe as recipes
         from compress import run
 
         loaded = recipes.load(recipes.find(recipe), set_ or [])
-        record, folder = run.apply(loaded, run_dir, reporter=reporter)
+        record, folder = run.apply(loaded, run_dir, reporter=told)
     found = json.loads(record.to_json())
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         from compress import report
 
@@ -71,7 +66,7 @@ def apply(
 @app.command()
 def plan(recipe: RecipeName, set_: Override = None, as_json: Json = False, debug: Debug = False) -> None:
     """Say what a recipe will do, cost and be able to prove, before any weight is loaded."""
-    with _errors(debug):
+    with errors(debug):
         from compress import plan as plans
         from compress import recipe as recipes
         from compress import source
@@ -80,7 +75,7 @@ def plan(recipe: RecipeName, set_: Override = None, as_json: Json = False, debug
         opened = source.download(source.resolve(loaded.model))
         found = plans.describe(loaded, source.facts(opened))
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print("\n".join(_plan_lines(found)))
 
@@ -100,7 +95,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a model or an exported artifact, with intervals; decides nothing and exits 0."""
-    with _errors(debug), _reporter(quiet) as reporter:
+    with errors(debug), reporter(quiet) as told:
         from compress import measure as measures
 
         names = [name.strip() for name in with_.split(",") if name.strip()]
@@ -113,10 +108,10 @@ def evaluate(
             windows=windows,
             length=length,
             dtype=dtype,
-            progress=reporter.progress,
+            progress=told.progress,
         )
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print("\n".join(_metric_lines(found)))
 
@@ -127,7 +122,7 @@ def ls(
     debug: Debug = False,
 ) -> None:
     """List recipes, steps, evaluators, exporters and encodings."""
-    with _errors(debug):
+    with errors(debug):
         from compress import encodings, plugin
         from compress import recipe as recipes
 
@@ -141,13 +136,100 @@ def ls(
             found[f"{kind}s"] = {n: (lookup(n).__doc__ or "").strip().splitlines()[0] for n in plugin.names(kind)}
         found["encodings"] = {name: encodings.describe(name) for name in encodings.NAMES}
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for title, entries in found.items():
         print(title)
         width = max(map(len, entries), default=0)
         for name, text in entries.items():
             print(f"  {name:<{width}}  {text}")
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="An artifact, a run, or a folder that a run exported.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Re-check every digest; exit 8 names the first file that differs."""
+    with errors(debug):
+        from compress import verify as verification
+
+        lines = verification.verify(path)
+    if as_json:
+        print_json({"verified": str(path), "lines": lines})
+    else:
+        print("\n".join(lines))
+
+
+@app.command()
+def schema(
+    run: Annotated[bool, typer.Option("--run", help="Of run.json instead of recipes.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON Schema of recipes, or of run.json."""
+    with errors(debug):
+        from compress import recipe as recipes
+        from compress import record
+
+        print_json(record.schema() if run else recipes.schema())
+
+
+@app.command()
+def report(
+    run: RunPath,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write report.html and report.md anew from a run's record, and show its summary."""
+    with errors(debug):
+        from compress import record
+        from compress import report as reports
+
+        read, folder = record.read(run)
+        found = json.loads(read.to_json())
+        reports.write(found, folder)
+    if as_json:
+        print_json(found)
+    else:
+        print("\n".join(reports.summary_lines(found)))
+        print(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def diff(
+    old: RunPath,
+    new: RunPath,
+    markdown: Annotated[bool, typer.Option("--md", help="A Markdown table.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what differs between two runs: recipe, versions, sizes, losses, verdicts."""
+    with errors(debug):
+        from compress import diff as diffs
+        from compress import record
+
+        left, right = (json.loads(record.read(path)[0].to_json()) for path in (old, new))
+        rows = diffs.diff(left, right)
+    if as_json:
+        print_json([row.as_dict() for row in rows])
+    elif rows:
+        print("\n".join(diffs.table(rows, markdown)))
+    else:
+        print("no difference")
+
+
+@app.command()
+def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Try what this machine can do: packages, data, processor, memory, disk; exits 0."""
+    with errors(debug), reporter(quiet) as told:
+        from compress import doctor as doctors
+
+        found = doctors.describe(doctors.wanted(), told.say)
+    if as_json:
+        print_json(found)
+    else:
+        print("\n".join(doctors.lines(found)))
 
 
 def main() -> NoReturn:
@@ -163,91 +245,6 @@ def main() -> NoReturn:
 
 def _terminate(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """Every failure as one line on stderr and its exit code; a traceback only under --debug."""
-    _logging(debug)
-    try:
-        yield
-    except (CompressError, MemoryError, OSError, KeyboardInterrupt) as error:
-        if debug and not isinstance(error, KeyboardInterrupt):
-            raise
-        if isinstance(error, KeyboardInterrupt):
-            _fail("interrupted; run the same command again to resume", 130)
-        if isinstance(error, CompressError):
-            _fail(str(error), error.exit_code)
-        full = isinstance(error, MemoryError) or error.errno in (12, 28, 122)
-        code = ResourceExhausted.exit_code if full else CompressError.exit_code
-        _fail(f"{type(error).__name__}: {error or 'out of memory'}", code)
-    except Exception as error:
-        if debug:
-            raise
-        _fail(f"internal error, {type(error).__name__}: {error} (--debug shows where)", CompressError.exit_code)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"compress: {' '.join(message.split())}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def _logging(debug: bool) -> None:
-    import logging
-
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
-    if not debug:
-        for name in ("transformers", "huggingface_hub", "onnxruntime", "gguf", "torch"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextmanager
-def _reporter(quiet: bool) -> Iterator[Reporter]:
-    """Progress on stderr: a live bar on a terminal, plain lines elsewhere, nothing when quiet."""
-    from compress.run import Reporter
-
-    if quiet:
-        yield Reporter()
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            yield Reporter(say=lambda line: bars.console.print(line, markup=False), progress=_live(bars))
-    else:
-        yield Reporter(say=lambda line: print(line, file=sys.stderr, flush=True), progress=_plain_progress())
-
-
-def _live(bars: Bars) -> Callable[[str, float], None]:
-    task = bars.add_task("", total=1.0)
-    current = ""
-
-    def update(label: str, fraction: float) -> None:
-        nonlocal current
-        family = label.split(":")[0]
-        if family != current or fraction == 0:
-            bars.reset(task)
-            current = family
-        bars.update(task, description=label, completed=fraction)
-
-    return update
-
-
-def _plain_progress(every_seconds: float = 20.0) -> Callable[[str, float], None]:
-    last = time.monotonic()
-
-    def update(label: str, fraction: float) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every_seconds:
-            last = time.monotonic()
-            print(f"    {label}  {fraction:.0%}", file=sys.stderr, flush=True)
-
-    return update
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def _plan_lines(found: dict[str, Any]) -> list[str]:

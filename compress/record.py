@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compress.errors import Corrupt, RecipeError
 from compress.gate import CheckResult, Figure, GateResult, Verdict
 
+FILE = "run.json"
 SCHEMA = "compress.run/1"
 Status = Literal["passed", "failed", "inconclusive", "error"]
 
@@ -118,3 +121,28 @@ class RunRecord(_Record):
     def to_json(self) -> str:
         """As written to run.json: strict JSON, non-finite figures as null."""
         return self.model_dump_json(by_alias=True, indent=1)
+
+
+def read(path: Path) -> tuple[RunRecord, Path]:
+    """The record of a run, given its folder or its run.json; and that folder.
+
+    Raises RecipeError where there is none, Corrupt where it is not one.
+    """
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise RecipeError(f"{path}: no {FILE} here; give the folder of a run, or its {FILE}")
+    try:
+        record = RunRecord.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise Corrupt(f"{file}: {place}: {first['msg']}") from None
+    if record.schema_ != SCHEMA:
+        raise Corrupt(f"{file}: schema {record.schema_!r}, expected {SCHEMA!r}")
+    return record, file.parent
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of run.json."""
+    found = RunRecord.model_json_schema(by_alias=True, mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "compress run"}

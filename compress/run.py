@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, data, plan, source
+from compress import artifact, data, lock, machine, plan, publishing, source
 from compress.encodings import EncodedTensor, same_stored
 from compress.errors import CompressError, Corrupt
 from compress.gate import Gate, GateResult, Sizes, combine
@@ -78,11 +77,21 @@ def apply(
     for warning in plan.check(recipe, source.facts(opened)):
         reporter.say(f"warning: {warning}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "recipe.resolved.yaml", recipe.to_yaml())
     record = RunRecord(
         recipe=recipe.name, key=key, versions=_versions(), host=_host(), data=[_describe(s) for s in splits]
     )
-    work = _Work(recipe, folder, store or Store(), reporter, record, opened, splits)
+    with lock.hold(folder):
+        work = _Work(recipe, folder, store or Store(), reporter, record, opened, splits)
+        _carry_out(work)
+    return record, folder
+
+
+def _carry_out(work: _Work) -> None:
+    """The run, with its record on disk from beginning to end, whatever ends it."""
+    record, folder = work.record, work.folder
+    work.store.sweep()
+    publishing.sweep(folder)
+    write_atomic(folder / "recipe.resolved.yaml", work.recipe.to_yaml())
     try:
         work.run()
     except CompressError as error:
@@ -91,7 +100,6 @@ def apply(
     finally:
         work.close()
         _write(record, folder)
-    return record, folder
 
 
 @dataclass
@@ -136,8 +144,7 @@ class _Work:
         if folder is None:
             self.reporter.say(f"opening {self.recipe.model}")
             model = source.load(self.recipe.model, self.recipe.dtype)
-            artifact.save(model, self.store.artifact_path(key))
-            folder = self.store.artifact_path(key)
+            folder = self.store.save(model, key)
         self._baseline_path = folder
         facts = artifact.manifest(folder)
         metrics = [self._baseline_metric(folder, documents) for documents in self._evaluation()]
@@ -261,7 +268,7 @@ class _Work:
         )
         step.apply(model, context)
         model.touch()
-        artifact.save(model, self.store.artifact_path(key))
+        folder = self.store.save(model, key)
         model.close()
         made = {
             "seconds": round(time.monotonic() - started, 1),
@@ -269,7 +276,7 @@ class _Work:
             "notes": context.notes,
         }
         self.store.put(f"{key}.made", made)
-        return self.store.artifact_path(key), {**made, "cached": False}
+        return folder, {**made, "cached": False}
 
     def _windows(self, role: str, model: Model) -> Sequence[Any]:
         (part,) = [s for s in self.splits if s.request.role == role]
@@ -347,18 +354,15 @@ class _Work:
 
     def _export(self, final: Path) -> None:
         """Write, check and gate each artifact; publish all of them, or none."""
-        staging = self.folder / ".artifacts"
-        shutil.rmtree(staging, ignore_errors=True)
+        target = self.folder / "artifacts"
         names = _folder_names(self.recipe.export)
-        try:
+        with publishing.staging(target) as staging:
             for name, entry in zip(names, self.recipe.export):
                 self.record.exports.append(self._export_one(entry, final, staging / name))
             if self.recipe.export and all(e.gate.verdict == "PASS" for e in self.record.exports):
-                artifact.publish(staging, self.folder / "artifacts")
+                publishing.publish(staging, target)
                 for name, made in zip(names, self.record.exports):
                     made.path = f"artifacts/{name}"
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
     def _export_one(self, entry: ExportEntry, final: Path, out: Path) -> ExportRecord:
         started = time.monotonic()
@@ -547,15 +551,4 @@ def _version(name: str) -> str:
 
 def _host() -> dict[str, str | int]:
     """What decides floating-point results besides versions: processor and threads."""
-    return {"machine": platform.machine(), "processor": _processor(), "cpus": len(os.sched_getaffinity(0))}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    facts = {k.strip(): v.strip() for k, v in facts.items()}
-    features = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f in facts.get("flags", "")]
-    return " ".join([facts.get("model name", "unknown"), *features])
+    return {"machine": platform.machine(), "processor": machine.processor(), "cpus": len(os.sched_getaffinity(0))}

@@ -11,14 +11,21 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress import artifact
+from compress import artifact, publishing
 from compress.errors import Corrupt
 
+if TYPE_CHECKING:
+    from compress.model import Model
+
 log = logging.getLogger(__name__)
+
+_WRITTEN_BY_NOW = 3600.0  # seconds; a record is a few kilobytes
 
 
 def default_root() -> Path:
@@ -55,12 +62,26 @@ class Store:
             return None
         return folder
 
+    def save(self, model: Model, key: str) -> Path:
+        """Keep a model under a key; where another process has just done so, that artifact stays."""
+        artifact.save(model, self.artifact_path(key), keep=True)
+        return self.artifact_path(key)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written."""
+        publishing.sweep(self.root / "artifacts")
+        for path in (self.root / "records").glob("*/.*"):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _WRITTEN_BY_NOW:
+                    path.unlink()
+
     def quarantine(self, path: Path, reason: Exception) -> None:
         """Set a damaged entry aside, so that it is computed anew and can be looked at."""
         log.warning("%s; set aside and computed anew", reason)
         target = self.root / "quarantine" / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target.with_name(f"{target.name}.{os.getpid()}.{len(list(target.parent.iterdir()))}"))
+        with suppress(FileNotFoundError):  # another process has set it aside
+            path.rename(target.with_name(f"{target.name}.{os.getpid()}.{len(list(target.parent.iterdir()))}"))
 
     def get(self, key: str) -> Any | None:
         """The record of a key, or None."""

@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ("compress.errors",),
+    ("compress.errors", "compress.machine", "compress.publishing"),
+    ("compress.lock",),
     ("compress.numerics",),
     ("compress.encodings", "compress.architectures"),
     ("compress.model", "compress.source", "compress.permutation"),
@@ -18,8 +19,10 @@ LAYERS = [
     ("compress.gate",),
     ("compress.yaml_nodes", "compress.validation", "compress.recipe_schema", "compress.recipe", "compress.store"),
     ("compress.plan", "compress.record", "compress.measure", "compress.parity"),
+    ("compress.verify",),
     ("compress.report",),
-    ("compress.run",),
+    ("compress.run", "compress.diff", "compress.doctor"),
+    ("compress.console",),
     ("compress.cli",),
 ]  # fmt: skip
 

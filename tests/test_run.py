@@ -1,14 +1,15 @@
 """Whole runs on a tiny model: verdicts, exit codes, re-use, and what is published."""
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 
+from compress import lock, run
 from compress import recipe as recipes
-from compress import run
-from compress.errors import RecipeError
+from compress.errors import Locked, RecipeError
 from compress.record import RunRecord
 from compress.store import Store
 from tests.export.test_gguf import tiny
@@ -133,3 +134,20 @@ def test_a_damaged_store_entry_is_set_aside_and_computed_anew(place, store, tmp_
     again, _ = run.apply(recipe, tmp_path / "b", store)
     assert again.status == "passed" and again.steps[0].digest == record.steps[0].digest
     assert list((store.root / "quarantine").iterdir())
+
+
+def test_a_folder_in_use_is_exit_7_and_left_alone(place, store, tmp_path):
+    recipe = load(place, f"[{{{INT8}}}]")
+    (tmp_path / "run").mkdir()
+    with lock.hold(tmp_path / "run"), pytest.raises(Locked, match=f"process {os.getpid()};"):
+        run.apply(recipe, tmp_path / "run", store)
+    assert not list((tmp_path / "run").iterdir())
+    record, folder = run.apply(recipe, tmp_path / "run", store)
+    assert record.status == "passed" and not (folder / ".lock").exists()
+
+
+def test_an_entry_of_the_store_that_is_there_stays(place, store, tmp_path):
+    model = tiny()
+    path = store.save(model, "entry")
+    before = (path / "model.safetensors").stat().st_ino
+    assert store.save(model, "entry") == path and (path / "model.safetensors").stat().st_ino == before
