@@ -271,6 +271,7 @@ def _power_lines(checks: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{check['metric']} on {check['source']}: margin {check['margin_shown']}, "
             f"resolves {resolves} at 80 % power with {check['documents']} documents"
+            + (f"; no loss is proven with {check['lossless']}" if check["lossless"] else "")
         )
     return lines
 

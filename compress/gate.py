@@ -1,8 +1,9 @@
 """Gates: whether a model's loss against a reference is proven to stay within its margins.
 
-Each check looks at each source on its own, so that the worst source decides. Documents arrive in their seeded
-random order; after every batch the bounds of a confidence sequence are compared with the margin, and a check
-stops once it is decided. The bounds hold at all looks together, so that stopping early costs no validity.
+Each check looks at each of its sources on its own, so that the worst source decides. Documents arrive in
+their seeded random order; after every batch the bounds of a confidence sequence are compared with the margin,
+and a check stops once it is decided. The bounds hold at all looks together, so that stopping early costs no
+validity.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -18,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from compress.errors import RecipeError
+from compress.errors import GateInconclusive, RecipeError
 from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Score
+from compress.numerics import betting
 from compress.numerics.sequences import detectable, mixture_variance, width
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a check of a mean decides: margin per unit of weight, error levels, planned and smallest n."""
+    """How a check of samples decides: margin per unit of weight, error levels, planned and smallest n."""
 
     margin: float
     alpha_pass: float
@@ -172,10 +174,8 @@ def decide(losses: Floats, weights: Floats, rule: Rule, identical: bool) -> Deci
     losses, weights: (n,) totals per example. identical: both models execute the same weights, which alone
     excuses losses without any variance: otherwise they mean that one model was compared with itself.
     """
-    if not (np.isfinite(losses).all() and np.isfinite(weights).all()):
-        return Decision("INVALID", reason=f"{int((~np.isfinite(losses)).sum())} losses are not finite")
-    if not (weights > 0).all():
-        return Decision("INVALID", reason="an example has no scored position")
+    if reason := _unusable(losses, weights):
+        return Decision("INVALID", reason=reason)
     if len(losses) < rule.minimum:
         loss = float(losses.sum() / weights.sum()) if len(losses) else math.nan
         return Decision("INCONCLUSIVE", loss)
@@ -185,6 +185,50 @@ def decide(losses: Floats, weights: Floats, rule: Rule, identical: bool) -> Deci
     if np.ptp(losses) == 0 or lower == upper:
         return Decision("INVALID", loss, reason=f"all {len(losses)} losses are equal, and the weights are not")
     return Decision(compare(lower, upper, rule.margin), loss, lower, upper)
+
+
+def decide_by_betting(losses: Floats, weights: Floats, rule: Rule, identical: bool) -> Decision:
+    """The same for mean losses in [−1, 1] per cluster, exactly and at any n: see `compress.numerics.betting`.
+
+    Clusters count alike, whatever their weight. No flip at all is evidence here, not a lack of variance.
+    """
+    if reason := _unusable(losses, weights):
+        return Decision("INVALID", reason=reason)
+    losses = losses / weights
+    loss = float(losses.mean()) if len(losses) else math.nan
+    if len(losses) < rule.minimum:
+        return Decision("INCONCLUSIVE", loss)
+    if identical and not losses.any():
+        return Decision(compare(0.0, 0.0, rule.margin), 0.0, 0.0, 0.0)
+    lower = betting.lower_bound(losses, rule.alpha_fail, rule.margin)
+    upper = betting.upper_bound(losses, rule.alpha_pass, rule.margin)
+    return Decision(compare(lower, upper, rule.margin), loss, lower, upper)
+
+
+def _unusable(losses: Floats, weights: Floats) -> str:
+    """Why totals mean nothing, or an empty text."""
+    if not (np.isfinite(losses).all() and np.isfinite(weights).all()):
+        return f"{int((~np.isfinite(losses)).sum())} losses are not finite"
+    return "" if (weights > 0).all() else "an example has no scored position"
+
+
+_DECISIONS: Mapping[str, Callable[[Floats, Floats, Rule, bool], Decision]] = {
+    "mean": decide,
+    "betting": decide_by_betting,
+}
+"""Statistic of samples → the decision over totals per cluster, each (n,)."""
+
+
+def by_cluster(clusters: Sequence[str], values: Floats) -> Floats:
+    """Sums of values over the members of each cluster, in order of first appearance.
+
+    >>> by_cluster(["a", "a", "b"], np.array([1.0, 2.0, 4.0])).tolist()
+    [3.0, 4.0]
+    """
+    place = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    sums = np.zeros(len(place))
+    np.add.at(sums, [place[cluster] for cluster in clusters], values)
+    return sums
 
 
 @dataclass(frozen=True)
@@ -218,35 +262,43 @@ class Gate:
         """
         if attempts < 1:
             raise ValueError(f"attempts is {attempts}, expected at least 1")
-        means = [check for check in self.checks if check.statistic == "mean"]
-        k = max(1, len(means) * len(datasets))
-        found: dict[int, list[CheckResult]] = {id(check): [] for check in self.checks}
-        for data in datasets:
-            trials = [_Trial(check, data, model, _pick(check, baseline, parent), attempts, k) for check in means]
-            _run(trials, data, cache, progress)
-            for trial in trials:
-                found[id(trial.check)].append(trial.result())
+        sampled = [check for check in self.checks if check.statistic in _DECISIONS]
+        pairs = [(check, data) for check in sampled for data in check.sources(datasets)]
+        trials = [
+            _Trial(check, data, model, _pick(check, baseline, parent), attempts, len(pairs)) for check, data in pairs
+        ]
+        for trial in trials:
+            trial.prepare(cache)
+        for group in _by_source(trials):
+            _run(group, cache, progress)
+        results = []
         for check in self.checks:
-            if check.statistic == "exact":
-                found[id(check)].append(_exact(check, sizes))
-            elif not datasets:
-                found[id(check)].append(_result(check, "", Decision("INVALID", reason="no evaluation source")))
-        results = [result for check in self.checks for result in found[id(check)]]
+            own = [trial.result() for trial in trials if trial.check is check]
+            results += own or [_exact(check, sizes) if check.statistic == "exact" else _without_source(check)]
         return GateResult(verdict=combine([result.verdict for result in results]), checks=results)
 
 
 def minimum_detectable(evaluator: Evaluator, planned_n: int, sd: float, attempts: int = 1) -> float:
-    """Smallest distance from the margin that `planned_n` examples resolve at 80 % power, in the check's unit.
+    """Smallest distance from the margin that `planned_n` clusters resolve at 80 % power, in the check's unit.
 
-    sd: standard deviation over examples of (loss − margin · weight), divided by the mean weight. Where the
+    sd: standard deviation over clusters of (loss − margin · weight), divided by the mean weight. Where the
     result exceeds the margin, not even a lossless model is likely to pass. 0 for exact checks.
     """
     if evaluator.statistic == "exact":
         return 0.0
     if planned_n < evaluator.minimum_examples:
         return math.inf
-    alpha = (1 - evaluator.confidence) / attempts
-    return detectable(planned_n, sd, alpha, mixture_variance(alpha, min(planned_n, _PLANNED)))
+    return _RESOLVED[evaluator.statistic](planned_n, sd, (1 - evaluator.confidence) / attempts, evaluator.margin)
+
+
+def _resolved_by_mean(n: int, sd: float, alpha: float, margin: float) -> float:
+    return detectable(n, sd, alpha, mixture_variance(alpha, min(n, _PLANNED)))
+
+
+_RESOLVED: Mapping[str, Callable[[int, float, float, float], float]] = {
+    "mean": _resolved_by_mean,
+    "betting": betting.detectable,
+}
 
 
 class _Trial:
@@ -264,15 +316,41 @@ class _Trial:
         if model is reference:
             raise ValueError("a model cannot be compared with the same object: changes in place would be unseen")
         alpha = (1 - check.confidence) / attempts
-        self.limit = min(check.max_documents or len(data.documents), len(data.documents))
+        self.check, self.data, self.model, self.reference = check, data, model, reference
         planned = max(1, min(self.limit, _PLANNED))
         self.rule = Rule(check.margin, alpha, alpha / k, planned, check.minimum_examples)
-        self.check, self.data, self.model, self.reference = check, data, model, reference
         self.new: list[Score] = []
         self.old: list[Score] = []
+        self.clusters: list[str] = []
+        self.figures: dict[str, float] = {}
         self.seen: set[str] = set()
         self.documents = 0
         self.decision = Decision("INCONCLUSIVE")
+
+    @property
+    def limit(self) -> int:
+        """Most documents that will be looked at."""
+        return min(self.check.max_documents or len(self.data.documents), len(self.data.documents))
+
+    @property
+    def identical(self) -> bool:
+        """Whether both models execute the same weights."""
+        return self.model.digest == self.reference.digest
+
+    def prepare(self, cache: ScoreCache | None) -> None:
+        """Leave out what cannot be compared with this reference, by its scores alone."""
+
+        def scores(part: Documents) -> list[Score]:
+            found: list[Score] = []
+            for documents in batches(part.documents):
+                batch = self.check.examples(replace(part, documents=documents), self.reference.encode)
+                found += cached_scores(self.check, self.reference, part, batch, cache)
+            return found
+
+        try:
+            self.data, self.figures = self.check.comparable(self.data, scores)
+        except GateInconclusive as error:
+            self.decision = Decision("INVALID", reason=str(error))
 
     @property
     def open(self) -> bool:
@@ -296,7 +374,16 @@ class _Trial:
         if not self.check.relative:
             losses = losses - np.array([s.total for s in self.old], dtype=np.float64)
         weights = np.array([s.weight for s in self.new], dtype=np.float64)
-        self.decision = decide(losses, weights, self.rule, self.model.digest == self.reference.digest)
+        losses, weights = by_cluster(self.clusters, losses), by_cluster(self.clusters, weights)
+        if self.check.statistic == "betting" and len(losses) >= self.rule.minimum and self._untouched():
+            reason = f"all {len(self.new)} scores of both models are equal, and the weights are not"
+            self.decision = Decision("INVALID", float(losses.mean()), reason=reason)
+            return
+        self.decision = _DECISIONS[self.check.statistic](losses, weights, self.rule, self.identical)
+
+    def _untouched(self) -> bool:
+        """Different weights with the same scores to the last bit: one model was compared with itself."""
+        return self.new == self.old and not self.identical
 
     def _score(
         self,
@@ -323,18 +410,29 @@ class _Trial:
         _match(new, ids, "the model")
         self.new += new
         self.old += old
+        self.clusters += [example.cluster for example in batch]
 
     def result(self) -> CheckResult:
         """What was found when documents ran out or the check was decided."""
-        decision, n = self.decision, len(self.new)
+        decision, n = self.decision, len(set(self.clusters))
         if decision.verdict == "INCONCLUSIVE" and n < self.rule.minimum:
             reason = f"{n} examples, and at least {self.rule.minimum} are needed"
             decision = replace(decision, verdict="INVALID", reason=reason)
-        return _result(self.check, self.data.source, decision, self.new, self.old)
+        result = _result(self.check, self.data.source, decision, self.new, self.old)
+        return result.model_copy(update={"details": {**self.figures, **result.details}})
 
 
-def _run(trials: Sequence[_Trial], data: Documents, cache: ScoreCache | None, progress: Progress) -> None:
-    """Feed one source to its trials until all are decided or documents run out."""
+def _by_source(trials: Sequence[_Trial]) -> list[list[_Trial]]:
+    """Trials that look at the very same documents, together."""
+    groups: dict[int, list[_Trial]] = {}
+    for trial in trials:
+        groups.setdefault(id(trial.data), []).append(trial)
+    return list(groups.values())
+
+
+def _run(trials: Sequence[_Trial], cache: ScoreCache | None, progress: Progress) -> None:
+    """Feed their one source to the trials until all are decided or documents run out."""
+    data = trials[0].data
     for documents in batches(data.documents):
         active = [trial for trial in trials if trial.open]
         if not active:
@@ -349,7 +447,7 @@ def _run(trials: Sequence[_Trial], data: Documents, cache: ScoreCache | None, pr
 
         for trial in active:
             trial.take(documents, view, cache)
-            done = trial.documents / trial.limit if trial.open else 1.0
+            done = min(1.0, trial.documents / min(trial.limit, _PLANNED)) if trial.open else 1.0
             progress(f"{trial.check.name} on {data.source}", done)
 
 
@@ -475,6 +573,10 @@ def _exact(check: Evaluator, sizes: Sizes | None) -> CheckResult:
     return result.model_copy(update={"value": value, "examples": 1, "details": asdict(sizes)})
 
 
+def _without_source(check: Evaluator) -> CheckResult:
+    return _result(check, "", Decision("INVALID", reason="no evaluation source"))
+
+
 def _result(
     check: Evaluator,
     source: str,
@@ -498,7 +600,7 @@ def _result(
         tokens=round(sum(s.weight for s in new)),
         verdict=decision.verdict,
         definition=check.definition + (f" Invalid here: {decision.reason}." if decision.reason else ""),
-        details=check.details(new) if new else {},
+        details=check.details(new, old) if new else {},
     )
 
 

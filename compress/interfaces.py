@@ -152,7 +152,8 @@ class Evaluator(Plugin, ABC):
     """A measurement that a gate can check; the fields are the check's YAML.
 
     `statistic` names the decision rule: "mean" (paired asymptotic confidence sequence over
-    sum(loss) - margin * weight per example) or "exact" (a deterministic quantity, compared directly).
+    sum(loss) - margin * weight per cluster), "betting" (exact sequence over the mean loss of each cluster,
+    which lies in [-1, 1]) or "exact" (a deterministic quantity, compared directly).
     """
 
     against: Literal["baseline", "parent"] = "baseline"
@@ -161,8 +162,8 @@ class Evaluator(Plugin, ABC):
 
     unit: ClassVar[str]  # of the additive loss, e.g. "nats per token"
     definition: ClassVar[str]  # one sentence, printed in reports
-    statistic: ClassVar[Literal["mean", "exact"]] = "mean"
-    minimum_examples: ClassVar[int] = 50
+    statistic: ClassVar[Literal["mean", "betting", "exact"]] = "mean"
+    minimum_examples: ClassVar[int] = 50  # clusters, where examples share one
     relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)
     margin_fields: ClassVar[frozenset[str]] = frozenset()  # fields that move the margin but no score
 
@@ -170,6 +171,20 @@ class Evaluator(Plugin, ABC):
     @abstractmethod
     def margin(self) -> float:
         """Largest loss that passes, in the additive unit per unit of weight."""
+
+    def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
+        """What is looked at, source by source: the evaluation sources, or items made from or beside them."""
+        return list(datasets)
+
+    def comparable(
+        self, data: Documents, reference: Callable[[Documents], list[Score]]
+    ) -> tuple[Documents, dict[str, float]]:
+        """The part of a source on which losses against the reference mean something, and figures that say why.
+
+        reference: scores of the reference model on a part of `data`. Whatever it was asked for must not be in
+        the part returned, lest the choice bias the comparison. Raises GateInconclusive where nothing remains.
+        """
+        return data, {}
 
     def examples(self, data: Documents, encode: Callable[[str], list[int]]) -> list[Example]:
         """The examples of one source, in the given order; called with consecutive slices of its documents."""
@@ -195,8 +210,8 @@ class Evaluator(Plugin, ABC):
         """The metric itself over scores of one model, e.g. perplexity; the mean per unit of weight by default."""
         return sum(s.total for s in scores) / sum(s.weight for s in scores)
 
-    def details(self, scores: Sequence[Score]) -> dict[str, float]:
-        """Further figures for the report, by name."""
+    def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
+        """Further figures for the report, by name. reference: its scores of the same examples, if it has any."""
         return {}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from compress import data as data_module
 from compress import plugin
 from compress.errors import GateInconclusive, RecipeError
-from compress.gate import ScoreCache, batches, cached_scores
+from compress.gate import ScoreCache, batches, by_cluster, cached_scores
 from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Score
 from compress.record import Metric
 
@@ -87,11 +87,13 @@ def measure(
 ) -> Metric:
     """One metric over all documents (or single windows, see `score_examples`), and its loss against a reference.
 
-    Intervals are fixed-sample 95 % intervals over documents (linearized ratio), for reading, not for deciding.
+    Intervals are fixed-sample 95 % intervals over clusters, which for text are documents (linearized ratio):
+    for reading, not for deciding.
     Raises GateInconclusive where there is nothing finite to report.
     """
     new: list[Score] = []
     old: list[Score] = []
+    clusters: list[str] = []
     total = windows or len(data.documents)
     for batch in score_examples(evaluator, model, data, windows):
         if evaluator.relative:
@@ -100,28 +102,31 @@ def measure(
             new += cached_scores(evaluator, model, data, batch, cache)
             if reference is not None:
                 old += cached_scores(evaluator, reference, data, batch, cache)
-        progress(f"{evaluator.name} on {data.source}", min(1.0, len(new) / total))
-    weights = np.array([s.weight for s in new])
+        clusters += [example.cluster for example in batch]
+        progress(f"{evaluator.name} on {data.source}", min(1.0, len(set(clusters)) / total))
+    weights = by_cluster(clusters, np.array([s.weight for s in new]))
     if not len(weights) or not weights.sum():
         raise GateInconclusive(f"{evaluator.name} on {data.source}: no token was scored; give longer documents")
-    totals = np.array([s.total for s in new])
+    totals = by_cluster(clusters, np.array([s.total for s in new]))
     if not np.isfinite(totals).all():
         raise GateInconclusive(f"{evaluator.name} on {data.source}: the model's scores are not finite")
     mean, half = _ratio(totals, weights)
     against = None
     if old:
-        loss, half_loss = _ratio(totals - np.array([s.total for s in old]), weights)
+        loss, half_loss = _ratio(totals - by_cluster(clusters, np.array([s.total for s in old])), weights)
         against = {"loss": loss, "lower": loss - half_loss, "upper": loss + half_loss}
 
     def value(x: float) -> float:
         return evaluator.value([Score("", x, 1.0)])
+
+    low, high = sorted((value(mean - half), value(mean + half)))  # accuracy falls as wrong answers rise
 
     return Metric(
         metric=evaluator.name,
         unit=evaluator.unit,
         source=data.source,
         value=value(mean),
-        interval=(value(mean - half), value(mean + half)),
+        interval=(low, high),
         examples=len(new),
         tokens=round(float(weights.sum())),
         definition=evaluator.definition,
@@ -137,6 +142,23 @@ def _ratio(totals: NDArray[Any], weights: NDArray[Any]) -> tuple[float, float]:
         return ratio, math.inf
     error = np.std(totals - ratio * weights, ddof=1) / (weights.mean() * math.sqrt(n))
     return ratio, float(_Z95 * error)
+
+
+def _without_margin(spec: str) -> Evaluator:
+    """An evaluator as `name`, or as `name:task` where it has tasks; measuring needs no margin."""
+    name, _, task = spec.partition(":")
+    kind = plugin.evaluator(name)
+    if not task:
+        return kind.model_construct()
+    if "tasks" not in kind.model_fields:
+        raise RecipeError(f"{name} has no tasks; write {name} alone")
+    fields: dict[str, Any] = {"tasks": (task,)}
+    return kind.model_construct(**fields)
+
+
+def _limited(sources: Sequence[Documents], documents: int | None) -> list[Documents]:
+    """At most so many documents of each source, those that an evaluator makes included."""
+    return [replace(source, documents=source.documents[:documents]) for source in sources]
 
 
 def evaluate(
@@ -158,19 +180,24 @@ def evaluate(
     """
     if dtype not in ("float32", "bfloat16"):
         raise RecipeError(f"dtype {dtype!r}; expected float32 or bfloat16")
-    kinds = [plugin.evaluator(name) for name in names]
-    if not kinds:
+    evaluators = [_without_margin(name) for name in names]
+    if not evaluators:
         raise RecipeError(f"no evaluator named; {plugin.nearest('', plugin.names('evaluator'))}")
-    for kind in kinds:
-        if kind.statistic == "exact":
-            raise RecipeError(f"{kind.name} is measured on a run's files, not by eval")
-        if kind.relative and against is None:
-            raise RecipeError(f"{kind.name} compares two models; add --against MODEL")
+    for e in evaluators:
+        if e.statistic == "exact":
+            raise RecipeError(f"{e.name} is measured on a run's files, not by eval")
+        if e.relative and against is None:
+            raise RecipeError(f"{e.name} compares two models; add --against MODEL")
+        if windows and e.statistic == "betting":
+            raise RecipeError(f"{e.name} asks for answers, not for windows of text; leave --windows out")
     data = consecutive_windows(source, length, windows) if windows else documents_of(source, length, documents)
     opened = open_model(model, dtype)
     reference = open_model(against, dtype) if against else None
-    evaluators = [kind.model_construct() for kind in kinds]  # measuring needs no margin
-    metrics = [measure(e, opened, data, reference=reference, windows=windows, progress=progress) for e in evaluators]
+    metrics = [
+        measure(e, opened, part, reference=reference, windows=windows, progress=progress)
+        for e in evaluators
+        for part in _limited(e.sources([data]), documents)
+    ]
     return {
         "model": model,
         "runtime": opened.runtime,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.architectures import Facts
-from compress.data import Request, split
+from compress.data import Request, Split, split
 from compress.encodings import Encoding
 from compress.errors import RecipeError
 from compress.gate import minimum_detectable
-from compress.interfaces import Evaluator, Step
+from compress.interfaces import Documents, Evaluator, Step
 from compress.recipe import Recipe, StepEntry
 
 CHARACTERS_PER_TOKEN = 4.5  # of English text under vocabularies of 30,000 to 150,000 tokens
@@ -20,11 +20,16 @@ CHARACTERS_PER_TOKEN = 4.5  # of English text under vocabularies of 30,000 to 15
 # Standard deviation over documents of (loss - margin * tokens) / mean tokens, in nats per token. It grows
 # with the loss. Measured on SmolLM2-135M, 60 documents of wiki, rounding to nearest, group size 32, margins
 # 5 % and 0.08: int8 (loss 0.002) 0.023 and 0.041, int4 (loss 0.25) 0.155 and 0.147; here the geometric means.
-PLANNING_SD: Mapping[str, float] = {"perplexity": 0.06, "divergence": 0.08}
+# Accuracy: the items of a cluster are taken to flip together, so that its deviation is that of one item.
+FLIPS = 0.10  # of items, both ways
+PLANNING_SD: Mapping[str, float] = {"perplexity": 0.06, "divergence": 0.08, "accuracy": math.sqrt(FLIPS)}
 POWER_BASIS = (
     "80 % power at one look, with a standard deviation per document between those of int8 and int4 rounding "
-    f"(perplexity {PLANNING_SD['perplexity']}, divergence {PLANNING_SD['divergence']} nats per token, wiki)"
+    f"(perplexity {PLANNING_SD['perplexity']}, divergence {PLANNING_SD['divergence']} nats per token, wiki); "
+    f"accuracy: {FLIPS:.0%} of answers flip, a document being a cluster of items, those that first prove the "
+    "baseline counted too"
 )
+MOST_NEEDED = 1_000_000  # documents; a check that needs more is as good as undecidable
 
 # Floating point operations per second of a forward pass in float32 on two cores of a server.
 FLOPS = 1.5e11
@@ -86,14 +91,15 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     Reads the recipe's data, and raises RecipeError where they overlap or are missing; loads no weights.
     """
     warnings = check(recipe, facts)
-    texts = _texts(recipe)
+    parts = split(requests(recipe), recipe.seed)
+    texts, datasets = _texts(parts), _datasets(parts)
     stored = {name: Encoding("fp32") for name in facts.matrices}
     baseline, steps = _size(facts, stored), []
     for i, entry in enumerate(recipe.steps):
-        steps.append(_describe_step(recipe, facts, entry, stored, texts))
+        steps.append(_describe_step(recipe, facts, entry, stored, texts, datasets))
         warnings += _power_warnings(f"steps[{i}] {entry.step.name}", steps[-1]["checks"])
         stored |= entry.step.encodings(facts)
-    release = _powers(recipe.release, 1, texts)
+    release = _powers(recipe.release, 1, datasets)
     return {
         "recipe": recipe.name,
         "model": recipe.model,
@@ -108,7 +114,12 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
 
 
 def _describe_step(
-    recipe: Recipe, facts: Facts, entry: StepEntry, stored: Mapping[str, Encoding], texts: Sequence[Text]
+    recipe: Recipe,
+    facts: Facts,
+    entry: StepEntry,
+    stored: Mapping[str, Encoding],
+    texts: Sequence[Text],
+    datasets: Sequence[Documents],
 ) -> dict[str, Any]:
     sizes = [_size(facts, {**stored, **step.encodings(facts)}) for step in entry.attempts]
     return {
@@ -116,9 +127,9 @@ def _describe_step(
         "params": entry.step.model_dump(mode="json"),
         **sizes[0],
         "seconds_estimate": _step_seconds(entry.step, facts, texts),
-        "gate_seconds_estimate": _gate_seconds(entry, facts, texts),
+        "gate_seconds_estimate": _gate_seconds(entry, facts, datasets),
         "memory_bytes_estimate": _memory_bytes(recipe, facts, entry),
-        "checks": _powers(entry.gate, len(entry.attempts), texts),
+        "checks": _powers(entry.gate, len(entry.attempts), datasets),
         "gate_off": list(entry.gate_off),
         "otherwise": [{"name": step.name, **size} for step, size in zip(entry.otherwise, sizes[1:])],
     }
@@ -236,7 +247,7 @@ def _loosened(recipe: Recipe) -> Iterator[str]:
     for i, entry in enumerate(recipe.export):
         label = f"export[{i}] {entry.exporter.name}"
         for c in entry.gate:
-            if c.name in release and c.statistic == "mean" and c.margin > release[c.name].margin:
+            if c.name in release and c.statistic != "exact" and c.margin > release[c.name].margin:
                 wider = f"{c.display(c.margin)}, release {c.display(release[c.name].margin)}"
                 yield f"{label}: {c.name} may lose {wider}"
         yield from (f"{label}: {name} is off" for name in entry.gate_off)
@@ -250,10 +261,18 @@ def _ungated(recipe: Recipe) -> Iterator[str]:
             yield f"{label}: no check judges this step alone, and its alternatives can never be tried"
 
 
-def _texts(recipe: Recipe) -> list[Text]:
+def _datasets(parts: Sequence[Split]) -> list[Documents]:
+    return [
+        Documents(p.request.source, [(d.id, d.text) for d in p.documents], p.digest, p.request.length)
+        for p in parts
+        if p.request.role == "evaluation"
+    ]
+
+
+def _texts(parts: Sequence[Split]) -> list[Text]:
     """What the recipe's data hold, in documents and roughly in tokens."""
     found = []
-    for part in split(requests(recipe), recipe.seed):
+    for part in parts:
         request, documents = part.request, len(part.documents)
         tokens = sum(len(d.text) for d in part.documents) / CHARACTERS_PER_TOKEN
         share = 1.0 if request.tokens is None else min(1.0, request.tokens / tokens)
@@ -281,13 +300,14 @@ def _step_seconds(step: Step, facts: Facts, texts: Sequence[Text]) -> float | No
     return _forward_seconds(facts, 3 * calibration if step.uses_calibration else 0)
 
 
-def _gate_seconds(entry: StepEntry, facts: Facts, texts: Sequence[Text]) -> float:
-    """Of one attempt's gate, model and reference, when it looks at `GATE_DOCUMENTS` documents of a source."""
-    if not any(c.statistic == "mean" for c in entry.gate):
-        return 0.0
-    sources = [t for t in texts if t.role == "evaluation"]
-    tokens = sum(min(GATE_DOCUMENTS, t.documents) * t.tokens / t.documents for t in sources)
-    return _forward_seconds(facts, 2 * tokens)
+def _gate_seconds(entry: StepEntry, facts: Facts, datasets: Sequence[Documents]) -> float:
+    """Of one attempt's gate, model and reference, when it looks at `GATE_DOCUMENTS` documents of a source.
+
+    Checks on the same documents share their forward passes.
+    """
+    looked_at = {id(d): d for c in entry.gate if c.statistic != "exact" for d in c.sources(datasets)}
+    characters = sum(len(text) for d in looked_at.values() for _, text in d.documents[:GATE_DOCUMENTS])
+    return _forward_seconds(facts, 2 * characters / CHARACTERS_PER_TOKEN)
 
 
 def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
@@ -301,31 +321,47 @@ def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
     return total
 
 
-def _powers(gate: Sequence[Evaluator], attempts: int, texts: Sequence[Text]) -> list[dict[str, Any]]:
+def _powers(gate: Sequence[Evaluator], attempts: int, datasets: Sequence[Documents]) -> list[dict[str, Any]]:
     """Per check and source, the smallest distance from the margin that it resolves at 80 % power."""
-    sources = [t for t in texts if t.role == "evaluation"]
-    return [_power(c, attempts, source) for c in gate for source in (sources if c.statistic != "exact" else [None])]
+    return [
+        _power(c, attempts, data) for c in gate for data in (c.sources(datasets) if c.statistic != "exact" else [None])
+    ]
 
 
-def _power(c: Evaluator, attempts: int, text: Text | None) -> dict[str, Any]:
-    """`resolves` is None where no planning value is known, or where too few documents can ever decide."""
+def _power(c: Evaluator, attempts: int, data: Documents | None) -> dict[str, Any]:
+    """`resolves` is None where no planning value is known, or where too few documents can ever decide.
+
+    `lossless` is the number of documents with which a model without any loss passes at 80 % power.
+    """
     found: dict[str, Any] = {"metric": c.name, "unit": c.unit, "margin": c.margin, "confidence": c.confidence}
-    found |= {"source": "files", "documents": 0, "needs": 0, "resolves": 0.0}
-    if text is None:
+    found |= {"source": "files", "documents": 0, "needs": 0, "resolves": 0.0, "lossless": 0}
+    if data is None:
         return found
-    documents = min(text.documents, c.max_documents or text.documents)
+    documents = min(len(data.documents), c.max_documents or len(data.documents))
     sd = PLANNING_SD.get(c.name)
     resolves = None if sd is None else minimum_detectable(c, documents, sd, attempts)
     if resolves == math.inf:
         resolves = None
     return found | {
-        "source": text.source,
+        "source": data.source,
+        "lossless": None if sd is None else _lossless(c, sd, attempts),
         "documents": documents,
         "needs": c.minimum_examples,
         "resolves": resolves,
         "margin_shown": c.display(c.margin),
         "resolves_shown": None if resolves is None else c.display(resolves),
     }
+
+
+def _lossless(c: Evaluator, sd: float, attempts: int) -> int | None:
+    """Fewest documents that resolve the whole margin; more always resolve more. None beyond `MOST_NEEDED`."""
+    low, high = c.minimum_examples - 1, MOST_NEEDED
+    if minimum_detectable(c, high, sd, attempts) > c.margin:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if minimum_detectable(c, middle, sd, attempts) <= c.margin else (middle, high)
+    return high
 
 
 def _power_warnings(label: str, powers: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from compress.errors import RecipeError
 from compress.interfaces import Documents, Evaluator, Example, LanguageModel
@@ -62,7 +62,12 @@ Percent = Annotated[
 
 
 class WindowEvaluator(Evaluator):
-    """Base of evaluators that score every token of a document but the first of each window."""
+    """Base of evaluators that score every token of a document but the first of each window.
+
+    max_documents: per source. A clear case is decided after some 60 documents; one at its margin uses them all.
+    """
+
+    max_documents: int | None = Field(400, ge=1)
 
     @model_validator(mode="after")
     def _enough_documents(self) -> WindowEvaluator:

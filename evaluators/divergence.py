@@ -58,7 +58,7 @@ class Divergence(WindowEvaluator):
             scores.append(Score(example.id, total, len(kl), {"js": js, "top1": agree}, kl))
         return scores
 
-    def details(self, scores: Sequence[Score]) -> dict[str, float]:
+    def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
         """Mean Jensen–Shannon divergence, top-1 agreement, and the 99.9th percentile of KL over tokens."""
         import numpy as np
 

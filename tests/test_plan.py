@@ -230,6 +230,31 @@ def test_too_few_documents_are_warned_of() -> None:
     assert found["steps"][0]["checks"][0]["resolves"] is None
 
 
+def test_the_plan_says_with_how_many_clusters_accuracy_is_proven(documents: str) -> None:
+    head = HEAD.replace("release: [", "release: [{accuracy: {max_drop: 3.0, tasks: [cloze, minimal_pairs]}}, ")
+    head = head.replace("evaluation: [{source: pydoc}]", f"evaluation: [{{source: '{documents}'}}]")
+    found = described("  - quantize.rtn: {}\n", head=head)
+    cloze, pairs = found["release"][:2]
+    assert (cloze["source"], pairs["source"]) == (f"cloze: {documents}", "minimal_pairs")
+    assert cloze["documents"] < pairs["documents"] == 2000 == found["release"][1]["documents"]
+    check = load(head + "steps: [quantize.rtn: {}]").release[0]
+    sd = plan.PLANNING_SD["accuracy"]
+    assert pairs["resolves"] == minimum_detectable(check, 2000, sd) < 0.03
+    n = pairs["lossless"]
+    assert minimum_detectable(check, n, sd) <= 0.03 < minimum_detectable(check, n - 1, sd)
+    assert 1000 < n < 2000 and pairs["margin_shown"] == "-3.00 points"  # about 2,000 were expected
+    tighter = described("  - quantize.rtn: {}\n", head=head.replace("max_drop: 3.0", "max_drop: 1.0"))
+    assert tighter["release"][1]["lossless"] > 10_000
+    assert any("accuracy on minimal_pairs, 2000 documents: resolves" in w for w in tighter["warnings"])
+
+
+def test_gates_with_accuracy_take_longer(documents: str) -> None:
+    head = HEAD.replace("evaluation: [{source: pydoc}]", f"evaluation: [{{source: '{documents}'}}]")
+    plain = described("  - quantize.rtn: {}\n", head=head)["steps"][0]["gate_seconds_estimate"]
+    more = head.replace("gate: [", "gate: [{accuracy: {max_drop: 3.0, tasks: [minimal_pairs]}}, ")
+    assert described("  - quantize.rtn: {}\n", head=more)["steps"][0]["gate_seconds_estimate"] > plain > 0
+
+
 def test_exact_checks_resolve_everything() -> None:
     head = HEAD.replace("release: [", "release: [{footprint: {max_mb: 90}}, ")
     release = described("  - quantize.rtn: {}\n", head=head)["release"]

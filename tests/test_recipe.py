@@ -584,3 +584,45 @@ def test_any_value_anywhere_is_read_or_refused(path: str, value: object) -> None
         assert isinstance(load(TEXT, [f"{path}={json.dumps(value)}"]), Recipe)
     except RecipeError as error:
         assert "\n" not in str(error)
+
+
+def with_accuracy(fields: str, where: str = "release") -> str:
+    return TEXT.replace(f"{where}:\n", f"{where}:\n  - accuracy: {fields}\n", 1)
+
+
+@pytest.mark.parametrize("where", ["release", "gate"])
+def test_accuracy_is_a_check_like_others(where: str) -> None:
+    r = load(with_accuracy("{tasks: [minimal_pairs, cloze], max_drop: 3.0}", where))
+    (check,) = (c for c in getattr(r, where) if c.name == "accuracy")
+    assert (check.tasks, check.margin) == (("minimal_pairs", "cloze"), pytest.approx(0.03))
+    assert load(r.to_yaml()) == r
+    assert load(with_accuracy("{max_drop: 3}", where)) == r  # both tasks unless told otherwise
+
+
+@pytest.mark.parametrize("where", ["release", "gate"])
+@pytest.mark.parametrize(
+    ("fields", "field", "mentions"),
+    [
+        ("{max_drop: 0}", ".max_drop: ", "found 0, expected greater than 0"),
+        ("{max_drop: -3}", ".max_drop: ", "found -3, expected greater than 0"),
+        ("{max_drop: 51}", ".max_drop: ", "found 51, expected less than or equal to 50"),
+        ("{max_drop: .nan}", "", "found .nan, expected a finite number"),
+        ("{max_drop: 3%}", ".max_drop: ", "found '3%', expected a valid number"),
+        ("{}", ": ", "max_drop is required"),
+        ("{max_dorp: 3}", ": ", "max_drop is required"),
+        ("{max_drop: 3, max_dorp: 3}", ": ", "unknown key 'max_dorp'; did you mean max_drop"),
+        ("{max_drop: 20}", ": ", "no baseline exceeds chance on minimal_pairs (50%) by three such margins"),
+        ("{max_drop: 3, tasks: [minimal_pair]}", ".tasks", "'minimal_pair'; did you mean minimal_pairs?"),
+        ("{max_drop: 3, tasks: [mmlu]}", ".tasks", "unknown task 'mmlu'; known: cloze, minimal_pairs"),
+        ("{max_drop: 3, tasks: []}", ".tasks", "at least 1 item"),
+        ("{max_drop: 3, tasks: [cloze, cloze]}", ".tasks", "listed twice"),
+        ("{max_drop: 3, tasks: cloze}", ".tasks", "expected a valid"),
+        ("{max_drop: 3, tasks: [3]}", ".tasks", "found 3, expected a valid string"),
+        ("{max_drop: 3, max_documents: 10}", ": ", "max_documents=10 can never decide"),
+    ],
+)
+def test_senseless_accuracy_is_refused_at_its_place(where: str, fields: str, field: str, mentions: str) -> None:
+    message = refusal(with_accuracy(fields, where))
+    line = with_accuracy("", where).splitlines().index("  - accuracy: ") + 1
+    assert message.startswith(f"recipe.yaml:{line}:") and mentions in message, message
+    assert not field or f"{where}[0] accuracy{field}" in message, message

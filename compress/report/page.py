@@ -351,8 +351,8 @@ def _check_row(stage: Stage, check: Check, axis: Axis, again: bool) -> Markup:
         ("bounds", _figure(check.bounds(unit=False))),
         ("limit", _figure(measure.limit(check.margin).removesuffix(measure.suffix))),
         ("change", _figure("" if check.exact else change)),
-        ("n", _figure("" if check.exact else figures.count(check.examples))),
-        ("tokens", _figure("" if check.exact else figures.count(check.tokens))),
+        ("n", _figure("" if check.source == "files" else figures.count(check.examples))),
+        ("tokens", _figure("" if check.source == "files" else figures.count(check.tokens))),
         ("gate", [_verdict(check.verdict), _muted(check.reason) if check.reason else None]),
     ]
     return _row(cells, f"{stage.kind} again" if again else stage.kind)

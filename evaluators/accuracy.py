@@ -1,0 +1,193 @@
+"""Accuracy: how many more answers the model gets wrong than the reference, on tasks with a right answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from compress.errors import GateInconclusive, RecipeError
+from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Score
+from compress.plugin import nearest
+from evaluators import _choices, _cloze, _minimal_pairs
+
+_LENGTH = 512  # tokens at most of an item that is made here
+
+
+def _from_each_source(datasets: Sequence[Documents]) -> Iterator[Documents]:
+    for data in datasets:
+        yield _choices.as_documents(f"cloze: {data.source}", [*_cloze.clusters(data)], data.length)
+
+
+def _from_templates(datasets: Sequence[Documents]) -> Iterator[Documents]:
+    """The same sentences whatever the sources: looked at once, not once per source."""
+    yield _choices.as_documents("minimal_pairs", [*_minimal_pairs.clusters()], _LENGTH)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's items come from, and how often guessing is right."""
+
+    documents: Callable[[Sequence[Documents]], Iterator[Documents]]
+    chance: float
+
+
+TASKS: Mapping[str, Task] = {
+    "minimal_pairs": Task(_from_templates, 0.5),
+    "cloze": Task(_from_each_source, 1 / _cloze.CHOICES),
+}
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise RecipeError(f"unknown task {name!r}; {nearest(name, [*TASKS])}")
+    return TASKS[name]
+
+
+class Accuracy(Evaluator):
+    """Points of accuracy lost, where the reference is proven to be far better than guessing.
+
+    Each task is decided on its own, and cloze on each source: the worst decides. Before any comparison, the
+    reference answers the first `QUALIFYING` clusters of each group (a phenomenon, or the task), which then
+    leave the comparison; a group counts where chance plus three margins is refuted at 95 %.
+    """
+
+    name: ClassVar[str] = "accuracy"
+    unit: ClassVar[str] = "fraction"
+    definition: ClassVar[str] = (
+        "fraction of items on which the right continuation has the highest total log-probability (a tie is "
+        "wrong); the loss is the paired difference in the fraction of wrong answers, averaged per cluster, "
+        "over the groups on which the reference exceeds chance by three margins; exact at every look."
+    )
+    statistic: ClassVar = "betting"
+    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop"})
+    QUALIFYING: ClassVar[int] = 50  # clusters per group, of which the first item is looked at
+
+    max_documents: int | None = Field(2000, ge=1)  # clusters; 1,640 prove no loss within 3 points at 10 % flips
+    # Not strict: a list fills a tuple, in Python as in YAML.
+    tasks: tuple[str, ...] = Field(("minimal_pairs", "cloze"), min_length=1, strict=False)
+    max_drop: float = Field(gt=0, le=50, allow_inf_nan=False)  # percentage points
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            for task in tasks:
+                _task(task)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None  # pydantic adds the field
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("a task is listed twice")
+        return tasks
+
+    @model_validator(mode="after")
+    def _provable(self) -> Accuracy:
+        for task in self.tasks:
+            needed = TASKS[task].chance + 3 * self.margin
+            if needed >= 1:
+                raise ValueError(
+                    f"max_drop={self.max_drop:g}: no baseline exceeds chance on {task} "
+                    f"({TASKS[task].chance:.0%}) by three such margins; use a smaller one"
+                )
+        if self.max_documents is not None and self.max_documents < self.minimum_examples:
+            raise ValueError(f"max_documents={self.max_documents} can never decide: {self.minimum_examples} are needed")
+        return self
+
+    @property
+    def margin(self) -> float:
+        """Largest drop of accuracy, as a fraction."""
+        return self.max_drop / 100
+
+    def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
+        """One source per task that brings its items along, and one per evaluation source for the others.
+
+        A document is a cluster; documents that hold no fitting item are left out.
+        """
+        return [documents for task in self.tasks for documents in _task(task).documents(datasets)]
+
+    def comparable(
+        self, data: Documents, reference: Callable[[Documents], list[Score]]
+    ) -> tuple[Documents, dict[str, float]]:
+        """The groups on which the reference is far above chance, without the clusters that showed it.
+
+        Looking at other clusters, and at the reference alone, keeps the choice from favouring a verdict.
+        """
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for document in data.documents:
+            groups.setdefault(_choices.group_of(document[0]), []).append(document)
+        asked = [d for members in groups.values() for d in members[: self.QUALIFYING]]
+        right: dict[str, list[bool]] = {group: [] for group in groups}
+        for score in reference(replace(data, documents=[(name, _choices.first(text)) for name, text in asked])):
+            right[_choices.group_of(score.id)].append(score.total == 0)
+        bar = TASKS[data.source.split(":")[0]].chance + 3 * self.margin
+        counting = {g for g, answers in right.items() if _refutes(sum(answers), len(answers), bar)}
+        rates = {group: sum(answers) / len(answers) for group, answers in sorted(right.items())}
+        if not counting:
+            shown = ", ".join(f"{group} {rate:.0%} of {len(right[group])}" for group, rate in rates.items())
+            raise GateInconclusive(
+                f"the reference is not proven to exceed {bar:.0%} (chance and three margins) on anything: "
+                f"{shown or 'there are no items'}"
+            )
+        used = {name for name, _ in asked}
+        kept = [d for d in data.documents if d[0] not in used and _choices.group_of(d[0]) in counting]
+        figures = {
+            f"baseline on {group}{'' if group in counting else ' (not counted)'}": rates[group] for group in rates
+        }
+        return replace(data, documents=kept), figures
+
+    def examples(self, data: Documents, encode: Callable[[str], list[int]]) -> list[Example]:
+        """One example per item; its payload is the tokens of its choices, the right one first."""
+        return [
+            Example(f"{name}/{i}", name, tokens)
+            for name, text in data.documents
+            for i, tokens in enumerate(_choices.sequences(text, encode, data.length))
+        ]
+
+    def score(
+        self, model: LanguageModel, batch: Sequence[Example], reference: LanguageModel | None = None
+    ) -> list[Score]:
+        """1 for a wrong answer, 0 for a right one; `lead` is how far the right choice leads, in nats."""
+        scores = []
+        for example, (right, *others) in zip(
+            batch, _choices.log_probabilities(model, [e.payload for e in batch]), strict=True
+        ):
+            lead = right - max(others) if all(map(math.isfinite, others)) else math.nan
+            wrong = math.nan if math.isnan(lead) else float(not lead > 0)
+            scores.append(Score(example.id, wrong, 1.0, {"lead": lead}))
+        return scores
+
+    def display(self, loss: float) -> str:
+        """The loss in percentage points of accuracy.
+
+        >>> Accuracy(max_drop=3.0).display(0.0125)
+        '-1.25 points'
+        """
+        return f"{-100 * loss + 0.0:+.2f} points"
+
+    def value(self, scores: Sequence[Score]) -> float:
+        """Accuracy: the fraction of right answers."""
+        return 1 - super().value(scores)
+
+    def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
+        """Flips both ways, and the accuracy of every group."""
+        flips = [(old.total, new.total) for old, new in zip(reference, scores)]
+        found = {"right to wrong": float(flips.count((0.0, 1.0))), "wrong to right": float(flips.count((1.0, 0.0)))}
+        groups: dict[str, list[Score]] = {}
+        for score in scores:
+            groups.setdefault(_choices.group_of(score.id), []).append(score)
+        return found | {f"accuracy on {group}": self.value(groups[group]) for group in sorted(groups)}
+
+
+def _refutes(right: int, asked: int, chance: float) -> bool:
+    """Whether so many right answers refute, at 5 %, that each is right with a probability of `chance` or less.
+
+    The exact binomial test: it rejects just if the lower bound of Clopper and Pearson exceeds `chance`.
+
+    >>> _refutes(36, 50, 0.59), _refutes(35, 50, 0.59), _refutes(0, 0, 0.59)
+    (True, False, False)
+    """
+    tail = sum(math.comb(asked, i) * chance**i * (1 - chance) ** (asked - i) for i in range(right, asked + 1))
+    return tail <= 0.05
