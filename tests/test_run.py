@@ -151,3 +151,13 @@ def test_an_entry_of_the_store_that_is_there_stays(place, store, tmp_path):
     path = store.save(model, "entry")
     before = (path / "model.safetensors").stat().st_ino
     assert store.save(model, "entry") == path and (path / "model.safetensors").stat().st_ino == before
+
+
+def test_a_baseline_at_chance_proves_no_accuracy_and_nothing_is_published(place, store, tmp_path):
+    overrides = ("release.0={accuracy: {tasks: [minimal_pairs], max_drop: 3.0}}",)
+    recipe = load(place, f"[{{{INT8}}}]", "[gguf: {}]", overrides)
+    record, _ = run.apply(recipe, tmp_path / "run", store)
+    assert (record.status, record.exit_code, record.exports) == ("inconclusive", 4, [])
+    (check,) = (c for c in record.release.checks if c.metric == "accuracy")
+    assert (check.verdict, check.source) == ("INVALID", "minimal_pairs")
+    assert "not proven to exceed 59% (chance and three margins)" in check.definition
