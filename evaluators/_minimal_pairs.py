@@ -2,8 +2,9 @@
 
 The idea of judging a model by the probabilities of minimally different sentences is that of Warstadt et al.
 2020, arXiv:1912.00582; templates and words here are our own. Every phenomenon draws its template and words at
-random, so that clusters are independent draws from the same distribution; the two items of a cluster share
-their words.
+random, so that clusters are independent draws from the same distribution. The two items of a cluster reverse
+the change (what is right in one is wrong in the other, or right is the longer one once and the shorter one
+once): whoever looks at the changed words alone, or prefers the shorter sentence, is right once in two.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _ACTIONS = [
 ]
 _FEELINGS = [(f"{w}s", w) for w in "admire help know like see follow visit trust fear hear remember avoid".split()]
 _PAST = "admired helped followed visited trusted feared remembered avoided thanked blamed praised invited".split()
+_WHOM = "admire help follow visit trust fear remember avoid".split()  # regular in the past
 _HANDLED = "bought sold cleaned painted repaired opened dropped carried borrowed noticed moved wanted".split()
 # past, participle
 _IRREGULAR = [
@@ -54,11 +56,13 @@ _IRREGULAR = [
     ("forgot", "forgotten"),
     ("hid", "hidden"),
 ]
+_STRICT = "bought borrowed noticed wanted repaired carried damaged destroyed".split()  # never without an object
 _INTRANSITIVE = "laughed slept smiled arrived vanished disappeared coughed sneezed existed yawned".split()
 _PLACES = "near behind beside opposite".split()
 _ADJECTIVES = "old new small large strange beautiful cheap heavy expensive famous".split()
-# comparative forms: with an ending, with "more"
+# compared with an ending, and with "more"
 _SHORT = "taller older younger stronger faster richer smaller thinner".split()
+_LONG = "careful beautiful famous patient honest intelligent generous talented".split()
 _PRONOUNS = [("him", "he"), ("her", "she"), ("them", "they"), ("me", "I"), ("us", "we")]
 
 Draw = random.Random
@@ -98,9 +102,7 @@ def _of_coordination(r: Draw) -> list[Pair]:
     (one, _), (two, _) = r.sample(_PEOPLE, 2)
     acts, act = r.choice(_ACTIONS)
     tail = r.choice([" every day.", " all the time.", " in the evening."])
-    return [
-        (f"The {a} and the {b} {act}{tail}", f"The {a} and the {b} {acts}{tail}") for a, b in ((one, two), (two, one))
-    ]
+    return _both(f"The {one} with the {two}", acts, act, tail, f"The {one} and the {two}")
 
 
 def _determiner(r: Draw) -> list[Pair]:
@@ -142,41 +144,47 @@ def _irregular_past(r: Draw) -> list[Pair]:
 
 
 def _irregular_passive(r: Draw) -> list[Pair]:
-    (who, _), (what, whats), (past, participle) = r.choice(_PEOPLE), r.choice(_THINGS), r.choice(_IRREGULAR)
+    (who, _), (what, _), (past, participle) = r.choice(_PEOPLE), r.choice(_THINGS), r.choice(_IRREGULAR)
+    acts = r.choice(_ACTIONS)[0]
     return [
-        (f"The {x} {were} {participle} by the {who}.", f"The {x} {were} {past} by the {who}.")
-        for x, were in ((what, "was"), (whats, "were"))
+        (f"The {what} was {participle} by the {who}.", f"The {what} was {past} by the {who}."),
+        (f"The {who} that {past} the {what} {acts}.", f"The {who} that {participle} the {what} {acts}."),
     ]
 
 
 def _verb_form(r: Draw) -> list[Pair]:
-    (who, _), (whom, _), (feels, feel) = r.choice(_PEOPLE), r.choice(_PEOPLE), r.choice(_FEELINGS)
-    modal = r.choice("can must should might will would".split())
-    negated = r.choice(["does not", "did not"])
-    return [(f"The {who} {aux} {feel} the {whom}.", f"The {who} {aux} {feels} the {whom}.") for aux in (modal, negated)]
+    (who, _), (whom, _), base = *r.sample(_PEOPLE, 2), r.choice(_WHOM)
+    modal, done = r.choice("can must should might will would".split()), f"{base.removesuffix('e')}ed"
+    return [
+        (f"The {who} {modal} {base} the {whom}.", f"The {who} {modal} {done} the {whom}."),
+        (f"The {who} has {done} the {whom}.", f"The {who} has {base} the {whom}."),
+    ]
 
 
 def _passive_of_intransitive(r: Draw) -> list[Pair]:
-    (one, many), (by, _) = r.sample(_PEOPLE, 2)
-    good, bad = r.choice(_PAST), r.choice(_INTRANSITIVE)
+    (who, _), (by, _) = r.sample(_PEOPLE, 2)
+    takes, bare = r.choice(_PAST), r.choice(_INTRANSITIVE)
     return [
-        (f"The {x} {were} {good} by the {by}.", f"The {x} {were} {bad} by the {by}.")
-        for x, were in ((one, "was"), (many, "were"))
+        (f"The {who} was {takes} by the {by}.", f"The {who} was {bare} by the {by}."),
+        (f"The {who} {bare}.", f"The {who} {takes}."),
     ]
 
 
 def _causative(r: Draw) -> list[Pair]:
-    (who, _), (what, whats) = r.choice(_PEOPLE), r.choice(_THINGS)
-    good, bad = r.choice(_HANDLED), r.choice(_INTRANSITIVE)
-    return [(f"The {who} {good} the {x}.", f"The {who} {bad} the {x}.") for x in (what, whats)]
+    (who, _), (what, _), when = r.choice(_PEOPLE), r.choice(_THINGS), r.choice(["", " yesterday", " again"])
+    takes, bare = r.choice(_STRICT), r.choice(_INTRANSITIVE)
+    return [
+        (f"The {who} {takes} the {what}{when}.", f"The {who} {bare} the {what}{when}."),
+        (f"The {who} {bare}{when}.", f"The {who} {takes}{when}."),
+    ]
 
 
 def _polarity(r: Draw) -> list[Pair]:
-    (one, many), (whom, _), did = r.choice(_PEOPLE), r.choice(_PEOPLE), r.choice(_PAST)
+    (one, _), (whom, _), did = r.choice(_PEOPLE), r.choice(_PEOPLE), r.choice(_PAST)
     know = r.choice(["It is clear that", "Everybody knows that", "We are told that"])
     return [
         (f"{know} no {one} has ever {did} the {whom}.", f"{know} some {one} has ever {did} the {whom}."),
-        (f"{know} few {many} have ever {did} the {whom}.", f"{know} many {many} have ever {did} the {whom}."),
+        (f"{know} some {one} has already {did} the {whom}.", f"{know} no {one} has already {did} the {whom}."),
     ]
 
 
@@ -192,9 +200,11 @@ def _gap(r: Draw) -> list[Pair]:
 def _adjunct_island(r: Draw) -> list[Pair]:
     (who, _), (whom, _), (other, _) = r.sample(_PEOPLE, 3)
     first, then = r.choice(_FEELINGS)[1], r.choice("visiting calling meeting inviting thanking".split())
+    when = r.choice(["before", "after"])
+    who_did, did = f"Who did the {who} {first}", f"Did the {who} {first}"
     return [
-        (f"Who did the {who} {first} {when} {then} the {x}?", f"Who did the {who} {first} the {x} {when} {then}?")
-        for when, x in (("before", whom), ("after", other))
+        (f"{who_did} {when} {then} the {whom}?", f"{who_did} the {whom} {when} {then}?"),
+        (f"{did} the {whom} {when} {then} the {other}?", f"{did} {when} {then} the {whom} the {other}?"),
     ]
 
 
@@ -202,15 +212,15 @@ def _existential(r: Draw) -> list[Pair]:
     (one, many), place, (what, _) = r.choice(_PEOPLE), r.choice(_PLACES), r.choice(_THINGS)
     return [
         (f"There was a {one} {place} the {what}.", f"There was every {one} {place} the {what}."),
-        (f"There were many {many} {place} the {what}.", f"There were most {many} {place} the {what}."),
+        (f"There were several {many} {place} the {what}.", f"There were all {many} {place} the {what}."),
     ]
 
 
 def _comparative(r: Draw) -> list[Pair]:
-    (one, many), (two, twos), how = *r.sample(_PEOPLE, 2), r.choice(_SHORT)
+    (one, _), (two, _), short, long = *r.sample(_PEOPLE, 2), r.choice(_SHORT), r.choice(_LONG)
     return [
-        (f"The {x} {be} much {how} than the {y}.", f"The {x} {be} much more {how} than the {y}.")
-        for x, be, y in ((one, "is", two), (many, "are", twos))
+        (f"The {one} is much {short} than the {two}.", f"The {one} is much more {short} than the {two}."),
+        (f"The {one} is much more {long} than the {two}.", f"The {one} is much {long} than the {two}."),
     ]
 
 

@@ -169,3 +169,13 @@ def test_an_unforeseen_failure_is_on_record(place, store, tmp_path):
         run.apply(load(place, f"[{{{INT8}}}]"), tmp_path / "run", store, run.Reporter(say=fail))
     found = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (found["status"], found["exit_code"]) == ("error", 6) and "No space left" in found["error"]
+
+
+def test_a_baseline_at_chance_proves_no_accuracy_and_nothing_is_published(place, store, tmp_path):
+    overrides = ("release.0={accuracy: {tasks: [minimal_pairs], max_drop: 3.0}}",)
+    recipe = load(place, f"[{{{INT8}}}]", "[gguf: {}]", overrides)
+    record, _ = run.apply(recipe, tmp_path / "run", store)
+    assert (record.status, record.exit_code, record.exports) == ("inconclusive", 4, [])
+    (check,) = (c for c in record.release.checks if c.metric == "accuracy")
+    assert (check.verdict, check.source) == ("INVALID", "minimal_pairs")
+    assert "not proven to exceed 59% (chance and three margins)" in check.definition

@@ -10,8 +10,8 @@ from compress.report.view import SEVERITY, Check, Report, Stage, worst
 HOW_TO_READ = (
     "Every check scores the compressed model and its reference on the same examples, taken in a seeded "
     "random order, and bounds the mean loss from below and from above at the stated confidence; the bounds "
-    "of sampled checks are asymptotic and stay valid although the gate may stop as soon as the evidence is "
-    "clear, and where a step has alternatives, the allowed error is divided among them beforehand.",
+    "of sampled checks are asymptotic (exact for accuracy) and stay valid although the gate may stop as soon "
+    "as the evidence is clear, and where a step has alternatives, the allowed error is divided among them beforehand.",
     "PASS: even the upper bound is within the margin. FAIL: even the lower bound is beyond it. "
     "INCONCLUSIVE: the margin lies between the two, so the data proved neither. INVALID: the check itself "
     "could not be trusted, so nothing is claimed.",

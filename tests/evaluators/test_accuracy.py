@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from compress.errors import GateInconclusive, RecipeError
 from compress.gate import Gate
 from compress.interfaces import Documents, Score
-from compress.measure import _limited, _without_margin, measure
+from compress.measure import _limited, _without_margin, evaluate, measure
 from evaluators import _choices, _cloze, _minimal_pairs
 from evaluators._choices import Cluster, Item
 from evaluators.accuracy import TASKS, Accuracy
@@ -191,6 +191,21 @@ def test_minimal_pairs_are_many_repeat_themselves_and_differ_after_a_shared_word
 def test_both_items_of_a_phenomenon_come_first_equally_often():
     firsts = Counter(c.items[0].prefix.split()[1][-1] == "s" for c in _minimal_pairs.clusters() if "phrase" in c.group)
     assert min(firsts.values()) / sum(firsts.values()) > 0.4
+
+
+def test_neither_length_nor_the_changed_words_alone_give_an_answer_away():
+    rules = {
+        "shorter": lambda right, wrong: len(right) < len(wrong),
+        "longer": lambda right, wrong: len(right) > len(wrong),
+        "fewer words": lambda right, wrong: len(right.split()) < len(wrong.split()),
+        "first in the alphabet": lambda right, wrong: right < wrong,
+    }
+    for rule in rules.values():
+        right, asked = Counter(), Counter()
+        for cluster in _minimal_pairs.clusters(3000):
+            right[cluster.group] += sum(rule(*item.choices) for item in cluster.items)
+            asked[cluster.group] += 2
+        assert all(right[group] / asked[group] < 0.6 for group in asked), {g: right[g] / asked[g] for g in asked}
 
 
 def test_a_few_pairs_are_as_a_reader_expects_them():
@@ -414,3 +429,8 @@ def test_eval_refuses_tasks_of_what_has_none(spec, reason):
 
 def test_eval_without_a_task_measures_all():
     assert [d.source for d in _without_margin("accuracy").sources([prose(60)])] == ["minimal_pairs", "cloze: prose"]
+
+
+def test_eval_has_no_windows_of_answers():
+    with pytest.raises(RecipeError, match="accuracy asks for answers, not for windows of text"):
+        evaluate("nowhere", ["accuracy:cloze"], windows=4)
