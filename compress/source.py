@@ -123,7 +123,12 @@ def facts(source: Source) -> Facts:
 
 
 def gguf_fields(path: Path) -> Mapping[str, Any]:
-    """Metadata of a GGUF file by key (arrays included); raises Corrupt where it cannot be parsed."""
+    """Metadata of a GGUF file by key, and its tensor types; raises Corrupt where it cannot be parsed."""
+    return _gguf_fields(path, path.stat().st_mtime_ns)
+
+
+@cache  # some seconds for a large vocabulary, and asked for by facts, config and loader alike
+def _gguf_fields(path: Path, modified_ns: int) -> Mapping[str, Any]:
     from gguf import GGUFReader
 
     try:
