@@ -379,6 +379,9 @@ class _Work:
         model = self._model(final)
         exporter.write(model, out)
         exact = weights_exact(model, exporter, out)
+        if final != self._baseline_path:
+            self._open.pop(str(final)).close()  # the runtime holds a copy of its own from here on
+            del model
         written = time.monotonic() - started
         files = [
             FileRecord(name=str(p.relative_to(out)), bytes=p.stat().st_size, sha256=artifact.file_sha256(p))
