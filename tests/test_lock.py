@@ -51,7 +51,8 @@ def test_a_dead_process_that_nobody_reaped_is_dead(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still in the table
     with lock.hold(tmp_path):
-        pass
+        held = json.loads((tmp_path / ".lock").read_text())
+        assert held["pid"] == os.getpid()
     process.communicate()
 
 

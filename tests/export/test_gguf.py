@@ -35,8 +35,6 @@ from export._gguf_vocabulary import probes
 from export._llama_cpp import LlamaCpp
 from export.gguf import Gguf
 
-pytest.importorskip("llama_cpp")
-
 MODELS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),

@@ -33,8 +33,6 @@ from export._onnx_packing import packed, unpacked
 from export.onnx import Onnx
 from tests.tiny import byte_tokenizer
 
-pytest.importorskip("onnxruntime_genai")
-
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),

@@ -82,7 +82,8 @@ def test_codes_by_ggmls_rule_give_the_bytes_of_gguf_py_and_of_the_c_library(bits
 
 def c_quantize(W: Tensor, kind: int, size: int) -> bytes:
     """The bytes that llama.cpp's own libggml makes of a matrix."""
-    llama_cpp = pytest.importorskip("llama_cpp")
+    import llama_cpp
+
     folder = llama_cpp.llama_cpp.__file__.rpartition("/")[0]
     library = ctypes.CDLL(f"{folder}/lib/libggml-base.so")
     quantize_chunk = library.ggml_quantize_chunk
