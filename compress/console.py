@@ -19,7 +19,7 @@ from compress.errors import CompressError, Interrupted, exit_code, one_line
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-    from compress.run import Reporter
+    from compress.workbench import Reporter
 
 
 PATIENCE = 4.0  # seconds for an orderly end; what is on disk is sound at any moment
@@ -79,7 +79,7 @@ def _logging(debug: bool) -> None:
 @contextmanager
 def reporter(quiet: bool) -> Iterator[Reporter]:
     """Progress on stderr: a live bar on a terminal, plain lines elsewhere, nothing when quiet."""
-    from compress.run import Reporter
+    from compress.workbench import Reporter
 
     if quiet:
         yield Reporter()

@@ -12,10 +12,11 @@ import numpy as np
 
 from compress import data as data_module
 from compress import plugin
+from compress.decisions import by_cluster
 from compress.errors import GateInconclusive, RecipeError
-from compress.gate import ScoreCache, batches, by_cluster, cached_scores
 from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Score
 from compress.record import Metric
+from compress.scoring import ScoreCache, batches, cached_scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.gate import CheckResult, compare
+from compress.decisions import compare
+from compress.gate import CheckResult
 from compress.interfaces import Documents, LanguageModel, Progress
 
 DOCUMENTS = 12

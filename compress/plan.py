@@ -9,9 +9,9 @@ from typing import Any
 
 from compress.architectures import Facts
 from compress.data import Request, Split, split
+from compress.decisions import minimum_detectable
 from compress.encodings import Encoding
 from compress.errors import RecipeError
-from compress.gate import minimum_detectable
 from compress.interfaces import Documents, Evaluator, Step
 from compress.recipe import Recipe, StepEntry
 

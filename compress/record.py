@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compress.decisions import Verdict
 from compress.errors import Corrupt, RecipeError
-from compress.gate import CheckResult, Figure, GateResult, Verdict
+from compress.gate import CheckResult, Figure, GateResult
 
 FILE = "run.json"
 SCHEMA = "compress.run/1"

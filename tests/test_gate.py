@@ -9,24 +9,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from compress.decisions import Rule, combine, compare, decide, interval, minimum_detectable
 from compress.errors import RecipeError
-from compress.gate import (
-    CheckResult,
-    Gate,
-    GateResult,
-    Rule,
-    Sizes,
-    _Memo,
-    batches,
-    combine,
-    compare,
-    decide,
-    interval,
-    minimum_detectable,
-    score_key,
-)
+from compress.gate import CheckResult, Gate, GateResult, Sizes
 from compress.interfaces import Documents
 from compress.numerics.sequences import detectable, mixture_variance, width
+from compress.scoring import Memo, batches, score_key
 from evaluators.divergence import Divergence
 from evaluators.footprint import Footprint
 from evaluators.perplexity import Perplexity
@@ -512,7 +500,7 @@ def test_sharing_changes_no_score(baseline, near):
 def test_memory_for_logits_is_bounded_and_right(baseline, kept):
     windows = [(1, 2, 3), (4, 5), (1, 2, 3), (6, 7, 8, 9), (5, 5)]
     want = [rows.clone() for rows in baseline.logits(windows)]
-    memo = _Memo(baseline, free=kept * 3 * 256 * 4)
+    memo = Memo(baseline, free=kept * 3 * 256 * 4)
     for _ in range(2):
         for a, b in zip(memo.logits(windows), want, strict=True):
             torch.testing.assert_close(a, b)

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ("compress.errors", "compress.machine", "compress.publishing"),
-    ("compress.lock",),
+    ("compress.lock", "compress.environment"),
     ("compress.numerics",),
     ("compress.encodings", "compress.architectures"),
     ("compress.model", "compress.source", "compress.permutation"),
@@ -16,11 +16,14 @@ LAYERS = [
     ("compress.interfaces",),
     ("compress.plugin",),
     ("compress.steps", "evaluators", "export"),
+    ("compress.decisions", "compress.scoring"),
     ("compress.gate",),
     ("compress.yaml_nodes", "compress.validation", "compress.recipe_schema", "compress.recipe", "compress.store"),
     ("compress.plan", "compress.record", "compress.measure", "compress.parity"),
     ("compress.verify",),
     ("compress.report",),
+    ("compress.workbench",),
+    ("compress.exporting",),
     ("compress.run", "compress.diff", "compress.doctor"),
     ("compress.console",),
     ("compress.cli",),

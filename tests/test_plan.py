@@ -9,8 +9,8 @@ import pytest
 
 from compress import plan
 from compress.architectures import Facts
+from compress.decisions import minimum_detectable
 from compress.errors import RecipeError
-from compress.gate import minimum_detectable
 from compress.recipe import Recipe, load
 
 # SmolLM2-135M's config: 576 and 1,536 input channels, a tied head.

@@ -1,0 +1,122 @@
+"""Exports: an artifact written, read back bit for bit, and gated in the runtime that will execute it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import artifact
+from compress.decisions import combine
+from compress.encodings import EncodedTensor, same_stored
+from compress.errors import Corrupt
+from compress.gate import Gate, GateResult, Sizes
+from compress.interfaces import Exporter, LanguageModel
+from compress.parity import decode_check
+from compress.recipe import ExportEntry
+from compress.record import ExportRecord, FileRecord
+from compress.workbench import Workbench, describe_checks
+
+if TYPE_CHECKING:
+    from compress.model import Model
+
+
+def export(bench: Workbench, entry: ExportEntry, final: Path, out: Path) -> ExportRecord:
+    """Write one artifact into `out`, and gate it in its runtime; `path` of the record is left to the publisher."""
+    started = time.monotonic()
+    exporter = entry.exporter
+    bench.reporter.say(f"exporting {exporter.name}")
+    files = write_exactly(bench.model(final), exporter, out)
+    bench.release(final)  # the runtime holds a copy of its own from here on
+    seconds = round(time.monotonic() - started, 1)
+    sizes = Sizes(sum(f.bytes for f in files), artifact.manifest(final)["bits_per_weight"])
+    opened = exporter.open(out)
+    try:
+        gate = _gate(bench, entry, opened, sizes, files)
+        runtime, compute = opened.runtime, opened.compute
+    finally:
+        opened.close()
+    return ExportRecord(
+        format=exporter.name,
+        params=exporter.model_dump(mode="json"),
+        path="",
+        files=files,
+        size_bytes=sizes.size_bytes,
+        bits_per_weight=sizes.bits_per_weight,
+        runtime=runtime,
+        weights_exact=True,
+        compute=compute,
+        seconds=seconds,
+        gate=gate,
+    )
+
+
+def write_exactly(model: Model, exporter: Exporter, out: Path) -> list[FileRecord]:
+    """Write the model's very codes into the new folder `out`; the files, once every tensor was read back.
+
+    Raises Corrupt where the files hold anything but the stored tensors of the model, bit for bit.
+    """
+    out.mkdir(parents=True)
+    exporter.write(model, out)
+    if not weights_exact(model, exporter, out):
+        raise Corrupt(f"{exporter.name}: the file does not hold the gated weights; nothing is published")
+    return [
+        FileRecord(name=str(p.relative_to(out)), bytes=p.stat().st_size, sha256=artifact.file_sha256(p))
+        for p in sorted(out.rglob("*"))
+        if p.is_file()
+    ]
+
+
+def weights_exact(model: Model, exporter: Exporter, path: Path) -> bool:
+    """Whether every tensor of the model, read back from the files, is stored bit for bit as it was gated."""
+    import torch
+
+    expected = dict(model.tensors())
+    for name, found in exporter.stored(path):
+        if name not in expected:
+            return False
+        wanted = expected.pop(name)
+        if isinstance(wanted, EncodedTensor) and isinstance(found, EncodedTensor):
+            if not same_stored(wanted, found):
+                return False
+        else:
+            a, b = (t.decode() if isinstance(t, EncodedTensor) else t for t in (wanted, found))
+            if a.shape != b.shape or not torch.equal(a.float().view(torch.int32), b.float().view(torch.int32)):
+                return False
+    return not expected
+
+
+def _gate(
+    bench: Workbench, entry: ExportEntry, opened: LanguageModel, sizes: Sizes, files: Sequence[FileRecord]
+) -> GateResult:
+    """The release checks in the artifact's own runtime, through prefill and through decoding."""
+    datasets = bench.evaluation()
+    progress = bench.progress(f"gate {entry.exporter.name}")
+
+    def compute() -> Any:
+        baseline = bench.model(bench.baseline)
+        prefill = Gate(entry.gate).evaluate(
+            opened, baseline, datasets, sizes=sizes, cache=bench.store, progress=progress
+        )
+        checks = [*prefill.checks, *decode_check(opened, datasets, progress)]
+        return GateResult(verdict=combine([c.verdict for c in checks]), checks=checks).model_dump(mode="json")
+
+    facts = {
+        "gate": describe_checks(entry.gate),
+        "files": [[f.name, f.sha256] for f in files],
+        "runtime": [opened.runtime, opened.compute],
+        "baseline": artifact.digest(bench.baseline),
+        **bench.conditions(*datasets),
+    }
+    return GateResult.model_validate(bench.recorded(facts, compute))
+
+
+def folder_names(entries: Sequence[ExportEntry]) -> list[str]:
+    """A folder per export: onnx, and onnx-2 for a second one of the same format."""
+    seen: dict[str, int] = {}
+    names = []
+    for entry in entries:
+        count = seen[entry.exporter.name] = seen.get(entry.exporter.name, 0) + 1
+        names.append(entry.exporter.name if count == 1 else f"{entry.exporter.name}-{count}")
+    return names

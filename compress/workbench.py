@@ -1,0 +1,177 @@
+"""The workbench of a run: the models that are open, what the store remembers, and the gates over both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import artifact, data, environment, source
+from compress.errors import Corrupt
+from compress.gate import Gate, GateResult, Sizes
+from compress.interfaces import Documents, Evaluator, Progress
+from compress.measure import measure
+from compress.plugin import evaluator
+from compress.recipe import Recipe
+from compress.record import Baseline, Metric
+from compress.store import Store, key_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.model import Model
+
+BASELINE_DOCUMENTS = 100  # of each source, for the baseline's own figures
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Where a run tells what it is doing: `say` a line, `progress` a fraction."""
+
+    say: Callable[[str], None] = lambda line: None
+    progress: Progress = lambda label, fraction: None
+
+
+@dataclass
+class Workbench:
+    """What the parts of a run share. baseline: the artifact that losses are measured against, once opened."""
+
+    recipe: Recipe
+    store: Store
+    reporter: Reporter
+    source: source.Source
+    splits: Sequence[data.Split]
+    baseline: Path = Path()
+    _open: dict[str, Model] = field(default_factory=dict)  # artifact path → model, the latest two
+
+    def open_baseline(self) -> Baseline:
+        """Open the recipe's model, or the store's copy of it, and measure its own figures."""
+        key = key_of({"baseline": source.digest(self.source), "versions": environment.step_versions()})
+        folder = self.store.artifact(key)
+        if folder is None:
+            self.reporter.say(f"opening {self.recipe.model}")
+            model = source.load(self.recipe.model, self.recipe.dtype)
+            folder = self.store.save(model, key)
+        self.baseline = folder
+        return Baseline(
+            model=self.recipe.model,
+            digest=artifact.digest(folder),
+            size_bytes=artifact.manifest(folder)["size_bytes"],
+            metrics=[self._baseline_metric(documents) for documents in self.evaluation()],
+        )
+
+    def _baseline_metric(self, documents: Documents) -> Metric:
+        perplexity = evaluator("perplexity").model_construct()  # measures, and needs no margin
+        some = replace(documents, documents=documents.documents[:BASELINE_DOCUMENTS])
+
+        def compute() -> Any:
+            model = self.model(self.baseline)
+            return measure(perplexity, model, some, cache=self.store, progress=self.progress("baseline")).model_dump(
+                mode="json"
+            )
+
+        facts = {"metric": "perplexity", "model": artifact.digest(self.baseline), **self.conditions(some)}
+        return Metric.model_validate(self.recorded({**facts, "documents": BASELINE_DOCUMENTS}, compute))
+
+    def recorded(self, facts: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """A stored value by what determines it, computed where it is absent."""
+        key = key_of(facts)
+        found = self.store.get(key)
+        if found is None:
+            found = compute()
+            self.store.put(key, found)
+        return found
+
+    def model(self, folder: Path) -> Model:
+        """An artifact opened; the baseline stays, and one other."""
+        name = str(folder)
+        if name not in self._open:
+            for other in [k for k in self._open if k != str(self.baseline)]:
+                self._open.pop(other).close()
+            try:
+                self._open[name] = artifact.load(folder, self.recipe.dtype)
+            except Corrupt as error:
+                self.store.quarantine(folder, error)
+                raise
+        return self._open[name]
+
+    def release(self, folder: Path) -> None:
+        """Close an artifact's model, unless it is the baseline's."""
+        if folder != self.baseline and (model := self._open.pop(str(folder), None)) is not None:
+            model.close()
+
+    def close(self) -> None:
+        """Release every open model."""
+        for model in self._open.values():
+            model.close()
+        self._open.clear()
+
+    def windows(self, role: str, model: Model) -> Sequence[Tensor]:
+        """Packed windows of token ids for the steps: "calibration" or "selection"."""
+        (part,) = [s for s in self.splits if s.request.role == role]
+        separator = min(model.eos_ids) if model.eos_ids else 0
+        return data.pack(part, model.encode, separator)
+
+    def evaluation(self) -> list[Documents]:
+        """The evaluation sources, in gate order."""
+        return [
+            Documents(s.request.source, [(d.id, d.text) for d in s.documents], s.digest, s.request.length)
+            for s in self.splits
+            if s.request.role == "evaluation"
+        ]
+
+    def conditions(self, *datasets: Documents) -> dict[str, Any]:
+        """What scores depend on besides the model and the check."""
+        return {
+            "data": [[d.source, d.digest, d.length] for d in datasets],
+            "dtype": self.recipe.dtype,
+            "host": environment.host(),
+            "versions": environment.versions(),
+        }
+
+    def gate(
+        self, checks: Sequence[Evaluator], folder: Path, parent: Path | None, label: str, attempts: int = 1
+    ) -> GateResult:
+        """The verdict on an artifact against the baseline and, where a check asks for it, against its parent."""
+        facts = artifact.manifest(folder)
+        asked = parent if any(c.against == "parent" for c in checks) else None
+        datasets = self.evaluation()
+
+        def compute() -> Any:
+            baseline = self.model(self.baseline)
+            previous = artifact.load(asked, self.recipe.dtype) if asked else None
+            model = artifact.load(folder, self.recipe.dtype)
+            try:
+                found = Gate(tuple(checks)).evaluate(
+                    model,
+                    baseline,
+                    datasets,
+                    parent=previous,
+                    sizes=Sizes(facts["size_bytes"], facts["bits_per_weight"]),
+                    attempts=attempts,
+                    cache=self.store,
+                    progress=self.progress(f"gate {label}"),
+                )
+                return found.model_dump(mode="json")
+            finally:
+                model.close()
+
+        facts_of_gate = {
+            "gate": describe_checks(checks),
+            "model": artifact.digest(folder),
+            "baseline": artifact.digest(self.baseline),
+            "parent": artifact.digest(asked) if asked else None,
+            "attempts": attempts,
+            **self.conditions(*datasets),
+        }
+        return GateResult.model_validate(self.recorded(facts_of_gate, compute))
+
+    def progress(self, label: str) -> Progress:
+        """Progress of a part, led by its label."""
+        return lambda what, done: self.reporter.progress(f"{label}: {what}", done)
+
+
+def describe_checks(checks: Sequence[Evaluator]) -> list[Any]:
+    """What decides a gate's verdict besides the models: its checks, as keys of caches hold them."""
+    return [[c.name, c.version, c.model_dump(mode="json")] for c in checks]
