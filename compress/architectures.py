@@ -36,6 +36,8 @@ class Architecture:
     linears: Mapping[str, tuple[str, str]]
     stages: tuple[tuple[str, ...], ...]
     block_norms: tuple[str, ...]  # norms over the residual stream
+    attention: str  # submodule of a block that returns its output and its attention weights
+    closing: frozenset[str]  # linears whose product is the output of the submodule that holds them
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -44,7 +46,8 @@ class Architecture:
 
 def _llama_like(model_type: str) -> Architecture:
     norms = ("input_layernorm", "post_attention_layernorm")
-    return Architecture(model_type, _LLAMA_LINEARS, _LLAMA_STAGES, norms)
+    closing = frozenset({"self_attn.o_proj", "mlp.down_proj"})
+    return Architecture(model_type, _LLAMA_LINEARS, _LLAMA_STAGES, norms, "self_attn", closing)
 
 
 ARCHITECTURES = {name: _llama_like(name) for name in ("llama", "mistral", "qwen2", "qwen3")}

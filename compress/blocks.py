@@ -25,8 +25,10 @@ class Block:
         arch = model.facts.architecture
         self.index, self.module = index, module
         self._prefix = f"{arch.blocks}.{index}"
-        self._stages = arch.stages
+        self._architecture = arch
         self._states, self._arguments = states, arguments
+        self._batch = 0  # the one that is running
+        self._left: list[Tensor] | None = None  # the hidden states that leave, once they are known
         self.linears: dict[str, nn.Linear] = {}
         for name in arch.linears:
             linear = module.get_submodule(name)
@@ -36,7 +38,7 @@ class Block:
     @property
     def stages(self) -> list[tuple[str, ...]]:
         """Full names of the linears, grouped by shared input, in the order of computation."""
-        return [tuple(f"{self._prefix}.{name}" for name in stage) for stage in self._stages]
+        return [tuple(f"{self._prefix}.{name}" for name in stage) for stage in self._architecture.stages]
 
     @torch.inference_mode()
     def observe(self, callback: Observer) -> None:
@@ -49,21 +51,74 @@ class Block:
 
             hooks.append(self.linears[names[0]].register_forward_pre_hook(report))
         try:
-            for states in self._states:
-                self._run(states)
+            for batch in range(len(self._states)):
+                self._run(batch)
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def stages_in_turn(self) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
+        """Each group of linears with its inputs, fed by the linears before it as the caller has changed them.
+
+        Yields (names, inputs), the inputs being one (tokens, in_features) bfloat16 tensor per batch: what the
+        products see. The block is computed only once in all, for a submodule that ends in a linear whose turn
+        has come (attention, MLP) runs no more, its last product aside; `advance` is part of that.
+        """
+        architecture = self._architecture
+        finished: list[nn.Module] = []
+        try:
+            for names in self.stages:
+                inputs = [self._input_of(names[0], i) for i in range(len(self._states))]
+                yield names, [X.flatten(0, -2) for X in inputs]
+                parent, _, last = names[0].removeprefix(f"{self._prefix}.").rpartition(".")
+                if f"{parent}.{last}" in architecture.closing:
+                    finished.append(self.module.get_submodule(parent))
+                    self._finish(finished[-1], self.linears[names[0]], inputs, parent == architecture.attention)
+            self._left = [self._run(i) for i in range(len(self._states))]
+        finally:
+            for module in finished:
+                del module.forward  # the class's own again
+
+    def _finish(self, module: nn.Module, linear: nn.Linear, inputs: list[Tensor], pair: bool) -> None:
+        """Let a submodule answer with its last product over known inputs. pair: attention gives weights, too."""
+
+        def forward(*_: Any, **__: Any) -> Any:
+            out = linear(inputs[self._batch])
+            return (out, None) if pair else out
+
+        module.forward = forward  # type: ignore[method-assign]
+
+    @torch.inference_mode()
+    def _input_of(self, name: str, batch: int) -> Tensor:
+        """The input of a linear on one batch, (windows, length, in_features) bfloat16; what follows is not run."""
+        caught: list[Tensor] = []
+
+        def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            caught.append(inputs[0].bfloat16())
+            raise _Captured
+
+        hook = self.linears[name].register_forward_pre_hook(capture)
+        try:
+            self._run(batch)
+        except _Captured:
+            return caught[0]
+        finally:
+            hook.remove()
+        raise AssertionError(f"{name} is not part of the block's computation")
+
     @torch.inference_mode()
     def advance(self) -> list[Tensor]:
         """The hidden states that leave the block, with its weights as they are now."""
-        return [self._run(states) for states in self._states]
+        if self._left is not None:
+            return self._left
+        return [self._run(i) for i in range(len(self._states))]
 
-    def _run(self, states: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def _run(self, batch: int) -> Tensor:
+        self._batch = batch
         # bfloat16 products are safe inside a block; the residual stream stays float32.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = self.module(states, **self._arguments)
+            out = self.module(self._states[batch], **self._arguments)
         states_out: Tensor = (out[0] if isinstance(out, tuple) else out).float()
         if not torch.isfinite(states_out).all():
             raise NumericalError(f"{self._prefix}: non-finite hidden states on the calibration data")

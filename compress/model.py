@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compress.architectures import Facts
 from compress.encodings import EncodedTensor
 from compress.errors import CompressError, NumericalError
+from compress.numerics.affine import finite
 
 _NOT_CONTENT = ("_name_or_path", "transformers_version", "architectures", "dtype")  # entries that change no output
 
@@ -58,7 +59,7 @@ class Model:
         Raises NumericalError for non-finite values, CompressError where a masked weight is not zero.
         """
         decoded = encoded.decode()
-        if not torch.isfinite(decoded).all():
+        if not finite(decoded):
             raise NumericalError(f"{name}: {encoded.encoding} produced non-finite weights")
         if name in self.masks and decoded[~self.masks[name]].any():
             raise CompressError(f"{name}: {encoded.encoding} would resurrect pruned weights")

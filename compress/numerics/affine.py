@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from compress.errors import NumericalError
 
 CANDIDATES = 19  # scales tried per group in a range search, around the one that just covers the range
-WEIGHTS_AT_ONCE = 2**18  # a search passes over its weights some hundred times: keep them in the cache
+WEIGHTS_AT_ONCE = 2**18  # times candidates: a search passes over them a dozen times, so keep them in the cache
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,31 @@ class Grid:
 
     def round(self, W: Tensor) -> Tensor:
         """Nearest codes of W (n, g, k) as float32 integers in [low, high]; a zero scale gives the zero code."""
-        codes = (W * _inverse(self.scales).unsqueeze(-1)).round_()
-        if self.zero_points is not None:
-            codes += self.zero_points.float().unsqueeze(-1)
+        codes = (W * self._inverses).round_()
+        if self._zeros is not None:
+            codes += self._zeros
         return codes.clamp_(self.low, self.high)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Float32 weights (n, g, k) of codes (n, g, k)."""
-        if self.zero_points is not None:
-            codes = codes - self.zero_points.float().unsqueeze(-1)
-        return codes * self.scales.float().unsqueeze(-1)
+        return (codes if self._zeros is None else codes - self._zeros) * self._floats
+
+    @property
+    def zero_code(self) -> Tensor | float:
+        """The code that decodes to zero, (n, g, 1) where each group has its own."""
+        return 0.0 if self._zeros is None else self._zeros
+
+    @cached_property
+    def _floats(self) -> Tensor:
+        return self.scales.float().unsqueeze(-1)
+
+    @cached_property
+    def _inverses(self) -> Tensor:
+        return inverse(self.scales).unsqueeze(-1)
+
+    @cached_property
+    def _zeros(self) -> Tensor | None:
+        return None if self.zero_points is None else self.zero_points.float().unsqueeze(-1)
 
 
 def fit(W: Tensor, low: int, high: int, symmetric: bool, importance: Tensor | None, search: bool) -> Grid:
@@ -50,7 +66,7 @@ def fit(W: Tensor, low: int, high: int, symmetric: bool, importance: Tensor | No
     of least error Σ h·(w − s·c)² is kept; h is `importance`, (g, k) or broadcastable (ones if None), e.g. the
     diagonal of the Hessian. Raises NumericalError for non-finite weights or scales beyond float16.
     """
-    if not torch.isfinite(W).all():
+    if not finite(W):
         raise NumericalError("non-finite weights")
     parts = list(_fit_rows(W, low, high, symmetric, importance, search))
     zero_points = None if symmetric else torch.cat([p.zero_points for p in parts if p.zero_points is not None])
@@ -60,65 +76,79 @@ def fit(W: Tensor, low: int, high: int, symmetric: bool, importance: Tensor | No
 def _fit_rows(
     W: Tensor, low: int, high: int, symmetric: bool, importance: Tensor | None, search: bool
 ) -> Iterator[Grid]:
-    for rows in torch.split(W, max(1, WEIGHTS_AT_ONCE // W[0].numel())):
-        best = _cover(rows, low, high, symmetric, 0.0)
+    """Grids of some rows at a time, over weights laid out as (k, rows · g): sums over k run along memory."""
+    n, g, k = W.shape
+    copies = CANDIDATES + 1 if search else 1
+    for rows in torch.split(W, max(1, WEIGHTS_AT_ONCE // (g * k * copies))):
+        columns = rows.reshape(-1, k).T.contiguous()
+        best = _cover(columns, low, high, symmetric, torch.zeros(1, 1))
         if search:
-            best = _search(rows, best, symmetric, importance)
-        yield best
+            h = None if importance is None else importance.expand(g, k).repeat(len(rows), 1).T.contiguous()
+            best = _search(columns, best, symmetric, h)
+        shape = (len(rows), g)
+        zero_points = None if best.zero_points is None else best.zero_points.view(shape)
+        yield Grid(low, high, best.scales.view(shape), zero_points)
 
 
-def _search(W: Tensor, covering: Grid, symmetric: bool, importance: Tensor | None) -> Grid:
-    """The best of the covering grid and of `CANDIDATES` refitted ones around it.
+def _search(W: Tensor, covering: Grid, symmetric: bool, h: Tensor | None) -> Grid:
+    """The best of the covering grid and of `CANDIDATES` refitted ones around it, for W (k, N).
 
-    A candidate is judged by the codes that it was refitted to, so that each is rounded once; rounding to
-    the chosen scale afterwards can only lower its error.
+    covering: scales (1, N). h: (k, N), or None for ones. A candidate is judged by the codes that it was refitted
+    to, so that each is rounded once; rounding to the chosen scale afterwards can only lower its error.
     """
-    W = W.movedim(-1, 0).contiguous()  # (k, n, g): sums over k then run along memory
-    h = None if importance is None else importance.movedim(-1, 0).reshape(len(W), 1, -1)  # (k, 1, g)
-    hW = W if h is None else h * W
-    scales, zero_points = covering.scales, covering.zero_points
-    least = torch.full(scales.shape, torch.inf)
-    for step in (None, *torch.linspace(-0.9, 0.9, CANDIDATES).tolist()):
-        grid = covering if step is None else _cover(W, covering.low, covering.high, symmetric, step, dim=0)
-        codes = (W * _inverse(grid.scales)).round_()
-        if grid.zero_points is None:
-            codes.clamp_(grid.low, grid.high)
-        else:  # c − z lies in [low − z, high − z]
-            z = grid.zero_points.float()
-            codes.clamp_(grid.low - z, grid.high - z)
-        fitted = grid.scales
-        if step is not None:
-            squares = (codes.square() if h is None else codes.square().mul_(h)).sum(0)
-            ratio = (hW * codes).sum(0) / torch.where(squares == 0, 1.0, squares)
-            fitted = _float16(torch.where(squares == 0, grid.scales.float(), ratio))
-        residual = torch.addcmul(W, codes, fitted.float(), value=-1).square_()
-        error = (residual if h is None else residual.mul_(h)).sum(0)
-        better = error < least
-        least = torch.where(better, error, least)
-        scales = torch.where(better, fitted, scales)
-        if zero_points is not None and grid.zero_points is not None:
-            zero_points = torch.where(better, grid.zero_points, zero_points)
-    return Grid(covering.low, covering.high, scales, zero_points)
+    steps = torch.linspace(-0.9, 0.9, CANDIDATES).unsqueeze(1)
+    tried = _cover(W, covering.low, covering.high, symmetric, steps)  # (CANDIDATES, N)
+    scales = torch.cat([covering.scales, tried.scales])
+    zero_points = None
+    if covering.zero_points is not None and tried.zero_points is not None:
+        zero_points = torch.cat([covering.zero_points, tried.zero_points])
+    codes = W * inverse(scales).unsqueeze(1)
+    codes.round_()
+    if zero_points is None:
+        codes.clamp_(covering.low, covering.high)
+    else:  # c − z lies in [low − z, high − z]
+        z = zero_points.float().unsqueeze(1)
+        codes.clamp_(covering.low - z, covering.high - z)
+    squares = _weighted(codes.square(), h)
+    ratio = (codes * (W if h is None else h * W)).sum(1) / torch.where(squares == 0, 1.0, squares)
+    fitted = _float16(torch.where(squares == 0, scales.float(), ratio))
+    fitted[0] = scales[0]
+    best = _weighted(torch.addcmul(W, codes, fitted.float().unsqueeze(1), value=-1).square_(), h).argmin(0, True)
+    found = None if zero_points is None else zero_points.gather(0, best)
+    return Grid(covering.low, covering.high, fitted.gather(0, best), found)
 
 
-def _cover(W: Tensor, low: int, high: int, symmetric: bool, step: float, dim: int = -1) -> Grid:
-    """The grid whose range covers each group (along `dim`), its code range first widened by `step` codes.
+def _weighted(squares: Tensor, h: Tensor | None) -> Tensor:
+    """Σ h · squares over k; squares (candidates, k, N), overwritten."""
+    return (squares if h is None else squares.mul_(h)).sum(1)
+
+
+def _cover(W: Tensor, low: int, high: int, symmetric: bool, steps: Tensor) -> Grid:
+    """Grids (C, N) whose range covers each column of W (k, N), the code range first widened by steps (C, 1) codes.
 
     Symmetric and signed (low = -high - 1): the weight of largest magnitude gets code `low`, whatever its
     sign, so that the scale may be negative; this is the rule of GGUF's q4_0.
     """
-    least, most = W.amin(dim), W.amax(dim)
+    least, most = torch.aminmax(W, dim=0)
     if symmetric:
         top = torch.where(-least >= most, least, most)
-        return Grid(low, high, _float16(top / (low - step) if low < -high else top / (high + step)))
+        return Grid(low, high, _float16(top / (low - steps if low < -high else high + steps)))
     least, most = least.clamp(max=0), most.clamp(min=0)
-    scales = _float16((most - least) / (high - low + step))
+    scales = _float16((most - least) / (high - low + steps))
     safe = torch.where(scales == 0, 1.0, scales.float())
     zero_points = (low - least / safe).round().clamp(low, high).to(torch.uint8)
     return Grid(low, high, scales, zero_points)
 
 
-def _inverse(scales: Tensor) -> Tensor:
+def finite(x: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity, in one pass and without a copy."""
+    if not x.numel():
+        return True
+    least, most = torch.aminmax(x)
+    return bool(torch.isfinite(least) & torch.isfinite(most))
+
+
+def inverse(scales: Tensor) -> Tensor:
     """1 / s in float32, and 0 for a zero scale: its weights all take the zero code."""
     s = scales.float()
     return torch.where(s == 0, 0.0, 1.0 / s)

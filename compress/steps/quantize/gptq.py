@@ -24,17 +24,18 @@ if TYPE_CHECKING:
     from compress.model import Model
     from compress.numerics.affine import Grid
 
-COLUMNS_AT_ONCE = 128  # columns whose errors are carried inside a block before one product updates the rest
+COLUMNS_AT_ONCE = 64  # columns whose errors are carried inside a block before one product updates the rest
 
 
 class Gptq(WeightQuantization):
-    """Hessian-based rounding on calibration data, block by block, each fed by the quantized ones before it.
+    """Hessian-based rounding on calibration data; each linear is fed by the quantized ones before it.
 
     dampening: λ as a fraction of the mean diagonal of the Hessian. range: as in quantize.rtn, weighted by
     the Hessian's diagonal under "mse".
     """
 
     name: ClassVar[str] = "quantize.gptq"
+    version: ClassVar[int] = 2
     uses_calibration: ClassVar[bool] = True
 
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
@@ -56,9 +57,10 @@ class Gptq(WeightQuantization):
     def _quantize_block(self, model: Model, block: Block, chosen: Mapping[str, Encoding], context: Context) -> None:
         from compress.numerics.hessian import Hessian
 
-        hessians = {names: Hessian(block.linears[names[0]].in_features) for names in block.stages}
-        block.observe(lambda names, X: hessians[names].add(X))
-        for names, hessian in hessians.items():
+        for names, inputs in block.stages_in_turn():
+            hessian = Hessian(block.linears[names[0]].in_features)
+            for X in inputs:
+                hessian.add(X)
             if hessian.tokens < len(hessian.matrix) and block.index == 0:
                 context.notes.append(
                     f"{names[0]}: {hessian.tokens} calibration tokens for {len(hessian.matrix)} input channels"
@@ -116,57 +118,47 @@ def solve(
 
     n, m = W.shape
     size = m // encoding.groups(m)
-    W, H = W.clone(), H.clone()
+    W, H = W.T.contiguous(), H.clone()  # (m, n): what is rounded together lies together
+    kept = None if mask is None else mask.T.contiguous()
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1.0
-    W[:, dead] = 0.0  # a channel that never fires contributes nothing (as in the paper's code)
+    W[dead] = 0.0  # a channel that never fires contributes nothing (as in the paper's code)
     importance = H.diagonal().clone()
     U = damped_inverse_cholesky(H, dampening)
-    codes = torch.empty(m, n)
+    codes = torch.empty(m, n, dtype=torch.int8 if encoding.symmetric else torch.uint8)
+    errors = torch.empty(COLUMNS_AT_ONCE, n)
     grids: list[Grid] = []
     for start, stop in _batches(m, size):
-        Wb = W[:, start:stop].T.contiguous()  # (columns, n): a column of W is then contiguous
-        errors = torch.empty_like(Wb)
         for j in range(start, stop):
             if j % size == 0:
-                group = Wb[j - start : j - start + size].T if j + size <= stop else W[:, j : j + size]
-                if mask is not None:
-                    group = group * mask[:, j : j + size]
-                columns = importance[j : j + size].unsqueeze(0)
-                grids.append(fit(group.unsqueeze(1), *encoding.code_range, encoding.symmetric, columns, search))
-            kept = None if mask is None else mask[:, j]
-            codes[j], decoded = _round_column(Wb[j - start], grids[-1], kept)
-            errors[j - start] = (Wb[j - start] - decoded) / U[j, j]
-            Wb[j + 1 - start :] -= U[j, j + 1 : stop].unsqueeze(1) * errors[j - start]
-        W[:, stop:] -= errors.T @ U[start:stop, stop:]
-    stored = codes.T.contiguous().to(torch.int8 if encoding.symmetric else torch.uint8)
+                group = W[j : j + size] if kept is None else W[j : j + size] * kept[j : j + size]
+                h = importance[j : j + size].unsqueeze(0)
+                grids.append(fit(group.T.unsqueeze(1), *encoding.code_range, encoding.symmetric, h, search))
+            grid, w = grids[-1], W[j].view(n, 1, 1)
+            code = grid.round(w)
+            if kept is not None:
+                code = torch.where(kept[j].view(n, 1, 1), code, grid.zero_code)
+            codes[j] = code.view(n)
+            error = torch.sub(w, grid.decode(code)).view(n).div_(U[j, j])
+            errors[j - start] = error
+            W[j + 1 : stop] -= U[j, j + 1 : stop].unsqueeze(1) * error
+        W[stop:].addmm_(U[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     zeros = [g.zero_points for g in grids if g.zero_points is not None]
     scales = torch.cat([g.scales for g in grids], dim=1)
-    return EncodedTensor(encoding, stored, scales, torch.cat(zeros, dim=1) if zeros else None)
+    return EncodedTensor(encoding, codes.T.contiguous(), scales, torch.cat(zeros, dim=1) if zeros else None)
 
 
 def _batches(m: int, size: int) -> Iterator[tuple[int, int]]:
     """Runs of at most `COLUMNS_AT_ONCE` columns: small groups lie whole in a run, a larger one begins a run.
 
-    >>> list(_batches(96, 32)), list(_batches(400, 200))
-    ([(0, 96)], [(0, 128), (128, 200), (200, 328), (328, 400)])
+    >>> list(_batches(96, 32)), list(_batches(200, 100))
+    ([(0, 64), (64, 96)], [(0, 64), (64, 100), (100, 164), (164, 200)])
     """
     whole = max(size, COLUMNS_AT_ONCE // size * size)  # as many whole groups as fit, at least one
     for first in range(0, m, whole):
         last = min(first + whole, m)
         for start in range(first, last, COLUMNS_AT_ONCE):
             yield start, min(start + COLUMNS_AT_ONCE, last)
-
-
-def _round_column(w: Tensor, grid: Grid, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes and decoded weights (n,) of one column; weights that are not kept take the code of zero."""
-    import torch
-
-    code = grid.round(w.view(-1, 1, 1))
-    if kept is not None:
-        zero = torch.zeros(()) if grid.zero_points is None else grid.zero_points.float().unsqueeze(-1)
-        code = torch.where(kept.view(-1, 1, 1), code, zero)
-    return code.flatten(), grid.decode(code).flatten()
 
 
 def _split_rows(encoded: EncodedTensor, rows: list[int]) -> list[EncodedTensor]:

@@ -1,0 +1,63 @@
+"""Walking a decoder block by block: what its linears see, and what leaves it."""
+
+import pytest
+import torch
+
+from compress.blocks import Block, walk
+from compress.errors import RecipeError
+from tests.tiny import tiny_model
+
+WINDOWS = [torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+def observed(block: Block) -> dict[str, torch.Tensor]:
+    """The inputs of each group of linears in one plain pass, rounded as the products round them."""
+    found: dict[str, list[torch.Tensor]] = {}
+    block.observe(lambda names, X: found.setdefault(names[0], []).append(X.bfloat16()))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def test_untouched_stages_see_what_one_plain_pass_shows():
+    for block in walk(tiny_model(), WINDOWS, windows_per_batch=2):
+        expected, left = observed(block), block.advance()
+        found = {names[0]: torch.cat(inputs) for names, inputs in block.stages_in_turn()}
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        assert all(torch.equal(a, b) for a, b in zip(left, block.advance(), strict=True))
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_later_stages_see_the_changes_of_earlier_ones(changed):
+    model = tiny_model()
+    for block in walk(model, WINDOWS):
+        found = {}
+        for i, (names, inputs) in enumerate(block.stages_in_turn()):
+            found[names[0]] = torch.cat(inputs)
+            if i == changed:
+                for name in names:
+                    model.parameter(f"{name}.weight").data.mul_(0.5)
+        expected = observed(block)  # in one plain pass over the weights as they are now
+        for names in block.stages[changed + 1 :]:
+            assert torch.equal(found[names[0]], expected[names[0]])
+        left = block.advance()
+        block._left = None
+        assert all(torch.equal(a, b) for a, b in zip(left, block.advance(), strict=True))
+
+
+def test_a_block_is_itself_again_even_when_its_stages_are_left_half_way():
+    model = tiny_model()
+    block = next(walk(model, WINDOWS))
+    expected = block.advance()
+    stages = block.stages_in_turn()
+    for _ in range(3):
+        next(stages)
+    stages.close()
+    assert all("forward" not in vars(module) for module in block.module.modules())
+    assert all(torch.equal(a, b) for a, b in zip(block.advance(), expected, strict=True))
+
+
+def test_windows_are_asked_for_and_must_have_one_length():
+    with pytest.raises(RecipeError, match="needs calibration data"):
+        next(walk(tiny_model(), []))
+    with pytest.raises(RecipeError, match=r"differ in length: \[8, 24\]"):
+        next(walk(tiny_model(), [WINDOWS[0], WINDOWS[1][:8]]))
