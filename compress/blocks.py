@@ -86,7 +86,7 @@ class Block:
             out = linear(inputs[self._batch])
             return (out, None) if pair else out
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     @torch.inference_mode()
     def _input_of(self, name: str, batch: int) -> Tensor:
