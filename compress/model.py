@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.architectures import Facts
+from compress.batching import batches
 from compress.encodings import EncodedTensor
 from compress.errors import CompressError, NumericalError
 from compress.numerics.affine import finite
@@ -134,8 +135,7 @@ class Model:
         reach an earlier position. Only hidden states are kept; the head runs window by window.
         """
         hidden: dict[int, Tensor] = {}
-        order = sorted(range(len(windows)), key=lambda i: len(windows[i]))
-        for batch in _batches(order, [len(w) for w in windows], self.tokens_per_batch):
+        for batch in batches([len(w) for w in windows], self.tokens_per_batch):
             width = max(len(windows[i]) for i in batch)
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             for row, i in enumerate(batch):
@@ -181,15 +181,3 @@ class Model:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
-
-
-def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Consecutive runs of `order` whose padded size stays within `budget` tokens (at least one each)."""
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) + 1) * max(lengths[i], max(lengths[j] for j in batch)) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.batching import batches
 from compress.errors import Corrupt, RecipeError
 from export import _onnx_file
 from export._onnx_packing import INT8_ACTIVATIONS
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
-TOKENS_PER_RUN = 1024  # bounds the logits of one run: 200 MB at 49,152 tokens of vocabulary
+TOKENS_PER_RUN = 1024  # bounds the logits held at a time: 200 MB at 49,152 tokens of vocabulary
 TOKENS_PER_CHUNK = 256  # of a prompt that is read into the cache
 
 
@@ -78,14 +79,17 @@ class OnnxModel:
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """One float32 (len(window), vocabulary) tensor per window, in order.
 
-        Consecutive windows run together, padded on the right, where a causal model cannot see the padding.
+        Windows of similar length run together, padded on the right, where a causal model cannot see the padding.
         """
         import torch
 
-        for batch in _batches(windows):
-            logits = self._prefill(batch)
-            for row, window in enumerate(batch):
-                yield torch.from_numpy(logits[row, : len(window)])
+        for part in _together(windows):
+            found: dict[int, np.ndarray] = {}
+            for batch in batches([len(window) for window in part], TOKENS_PER_RUN):
+                logits = self._prefill([part[i] for i in batch])
+                found.update((i, logits[row, : len(part[i])]) for row, i in enumerate(batch))
+            for i in range(len(part)):
+                yield torch.from_numpy(found.pop(i))
 
     def decode_logits(self, window: Sequence[int]) -> Tensor:
         """Logits of one window, (len(window), vocabulary), fed token by token through the cache."""
@@ -180,16 +184,16 @@ def _cache_names(layers: int) -> Iterator[tuple[str, str]]:
             yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
 
 
-def _batches(windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Consecutive windows whose padded size stays within TOKENS_PER_RUN (at least one each)."""
-    batch: list[Sequence[int]] = []
-    for window in windows:
-        if batch and (len(batch) + 1) * max(len(window), *map(len, batch)) > TOKENS_PER_RUN:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
+def _together(windows: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+    """Consecutive windows of at most TOKENS_PER_RUN tokens (at least one each): their logits are held at a time."""
+    start, tokens = 0, 0
+    for i, window in enumerate(windows):
+        if i > start and tokens + len(window) > TOKENS_PER_RUN:
+            yield windows[start:i]
+            start, tokens = i, 0
+        tokens += len(window)
+    if start < len(windows):
+        yield windows[start:]
 
 
 def _session(path: Path) -> Any:
