@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -126,13 +126,8 @@ def ls(
         from compress import recipe as recipes
 
         found: dict[str, dict[str, str]] = {"recipes": recipes.shipped()}
-        lookups: dict[str, Callable[[str], Any]] = {
-            "step": plugin.step,
-            "evaluator": plugin.evaluator,
-            "exporter": plugin.exporter,
-        }
-        for kind, lookup in lookups.items():
-            found[f"{kind}s"] = {n: (lookup(n).__doc__ or "").strip().splitlines()[0] for n in plugin.names(kind)}
+        for kind in ("step", "evaluator", "exporter"):
+            found[f"{kind}s"] = {name: plugin.summary(kind, name) for name in plugin.names(kind)}
         found["encodings"] = {name: encodings.describe(name) for name in encodings.NAMES}
     if as_json:
         print_json(found)
