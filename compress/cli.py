@@ -30,7 +30,10 @@ Override = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a field, e.g. steps.2.group_size=64; repeatable."),
 ]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name."),
+]
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its run.json.")]
 
@@ -81,7 +84,7 @@ def plan(recipe: RecipeName, set_: Override = None, as_json: Json = False, debug
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="pkg:NAME, a folder, a .gguf, an ONNX folder, or org/name@revision.")],
+    model: Annotated[str, typer.Argument(help="pkg:NAME, a folder, a .gguf, an export, a run, or org/name@revision.")],
     with_: Annotated[str, typer.Option("--with", help="Evaluators, separated by commas.")] = "perplexity",
     against: Annotated[str | None, typer.Option(help="A reference model to measure losses against.")] = None,
     data: Annotated[str, typer.Option(help="wiki, pydoc, file:PATH or hub:NAME.")] = "wiki",
@@ -113,6 +116,32 @@ def evaluate(
         print_json(found)
     else:
         print("\n".join(_metric_lines(found)))
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A run, an artifact, pkg:NAME, a folder, a .gguf, or org/name@revision.")
+    ],
+    format: Annotated[str, typer.Argument(help="An exporter's name, see `compress ls`.")],
+    out: Annotated[Path, typer.Option("--out", help="The new folder to write.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A field of the exporter, e.g. activations=int8."),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model's very weights in a format, without gates; a run stands for its final model."""
+    with errors(debug), reporter(quiet) as told:
+        from compress import ungated
+
+        made = ungated.write(model, ungated.configured(format, overrides=set_ or []), out, told.say)
+    if as_json:
+        print_json(made.model_dump(mode="json"))
+    else:
+        print("\n".join(ungated.lines(made)))
 
 
 @app.command()
