@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from compress import completion
 from compress.console import end_on_signals, errors, print_json, reporter
 
 app = typer.Typer(
@@ -32,7 +33,9 @@ Override = Annotated[
 ]
 RecipeName = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name."),
+    typer.Argument(
+        metavar="RECIPE", help="A recipe file, or a shipped recipe's name.", autocompletion=completion.recipes
+    ),
 ]
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its run.json.")]
@@ -85,7 +88,9 @@ def plan(recipe: RecipeName, set_: Override = None, as_json: Json = False, debug
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="pkg:NAME, a folder, a .gguf, an export, a run, or org/name@revision.")],
-    with_: Annotated[str, typer.Option("--with", help="Evaluators, separated by commas.")] = "perplexity",
+    with_: Annotated[
+        str, typer.Option("--with", help="Evaluators, separated by commas.", autocompletion=completion.evaluators)
+    ] = "perplexity",
     against: Annotated[str | None, typer.Option(help="A reference model to measure losses against.")] = None,
     data: Annotated[str, typer.Option(help="wiki, pydoc, file:PATH or hub:NAME.")] = "wiki",
     documents: Annotated[int, typer.Option(min=1, help="Documents to score, in seeded random order.")] = 200,
@@ -123,7 +128,9 @@ def export(
     model: Annotated[
         str, typer.Argument(help="A run, an artifact, pkg:NAME, a folder, a .gguf, or org/name@revision.")
     ],
-    format: Annotated[str, typer.Argument(help="An exporter's name, see `compress ls`.")],
+    format: Annotated[
+        str, typer.Argument(help="An exporter's name, see `compress ls`.", autocompletion=completion.formats)
+    ],
     out: Annotated[Path, typer.Option("--out", help="The new folder to write.")],
     set_: Annotated[
         list[str] | None,
@@ -261,6 +268,8 @@ def main() -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Idle threads of torch and llama.cpp sleep instead of spinning: twice as fast beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "_COMPRESS_COMPLETE" in os.environ:  # typer folds help at the terminal's width; a shell offers every line of it
+        os.environ["COLUMNS"] = "1000"
     end_on_signals()
     app()
     sys.exit(0)

@@ -25,7 +25,7 @@ LAYERS = [
     ("compress.workbench",),
     ("compress.exporting",),
     ("compress.run", "compress.ungated", "compress.diff", "compress.doctor"),
-    ("compress.console"),
+    ("compress.console", "compress.completion"),
     ("compress.cli",),
 ]  # fmt: skip
 
