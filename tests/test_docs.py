@@ -119,6 +119,7 @@ def test_installed_plug_ins_are_listed(mine):
     assert found["steps"]["mine.clip"].startswith("Clip the weights")
     assert "disagreement" in found["evaluators"] and "plain" in found["exporters"]
     assert "quantize.rtn" in found["steps"]
+    assert {"mine.clip", "disagreement", "plain"} <= set(re.findall(r"[\w.]+", json.dumps(recipes.schema())))
 
 
 def test_a_recipe_runs_with_an_installed_step_evaluator_and_exporter(place, mine):
