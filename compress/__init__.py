@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.gate import Gate
     from compress.measure import evaluate
+    from compress.opening import load
     from compress.recipe import Recipe
     from compress.run import apply
-    from compress.source import load
+    from compress.ungated import export
 
 _PUBLIC = {
     "Gate": "compress.gate",
     "Recipe": "compress.recipe",
     "apply": "compress.run",
     "evaluate": "compress.measure",
-    "load": "compress.source",
+    "export": "compress.ungated",
+    "load": "compress.opening",
 }
-__all__ = ["Gate", "Recipe", "apply", "evaluate", "load"]
+__all__ = ["Gate", "Recipe", "apply", "evaluate", "export", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from compress import completion
 from compress.console import end_on_signals, errors, print_json, reporter
 
 app = typer.Typer(
@@ -30,7 +31,12 @@ Override = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a field, e.g. steps.2.group_size=64; repeatable."),
 ]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe file, or a shipped recipe's name.", autocompletion=completion.recipes
+    ),
+]
 
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its run.json.")]
 
@@ -81,8 +87,10 @@ def plan(recipe: RecipeName, set_: Override = None, as_json: Json = False, debug
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="pkg:NAME, a folder, a .gguf, an ONNX folder, or org/name@revision.")],
-    with_: Annotated[str, typer.Option("--with", help="Evaluators, separated by commas.")] = "perplexity",
+    model: Annotated[str, typer.Argument(help="pkg:NAME, a folder, a .gguf, an export, a run, or org/name@revision.")],
+    with_: Annotated[
+        str, typer.Option("--with", help="Evaluators, separated by commas.", autocompletion=completion.evaluators)
+    ] = "perplexity",
     against: Annotated[str | None, typer.Option(help="A reference model to measure losses against.")] = None,
     data: Annotated[str, typer.Option(help="wiki, pydoc, file:PATH or hub:NAME.")] = "wiki",
     documents: Annotated[int, typer.Option(min=1, help="Documents to score, in seeded random order.")] = 200,
@@ -116,6 +124,34 @@ def evaluate(
 
 
 @app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A run, an artifact, pkg:NAME, a folder, a .gguf, or org/name@revision.")
+    ],
+    format: Annotated[
+        str, typer.Argument(help="An exporter's name, see `compress ls`.", autocompletion=completion.formats)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The new folder to write.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A field of the exporter, e.g. activations=int8."),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model's very weights in a format, without gates; a run stands for its final model."""
+    with errors(debug), reporter(quiet) as told:
+        from compress import ungated
+
+        made = ungated.write(model, ungated.configured(format, overrides=set_ or []), out, told.say)
+    if as_json:
+        print_json(made.model_dump(mode="json"))
+    else:
+        print("\n".join(ungated.lines(made)))
+
+
+@app.command()
 def ls(
     as_json: Json = False,
     debug: Debug = False,
@@ -126,13 +162,8 @@ def ls(
         from compress import recipe as recipes
 
         found: dict[str, dict[str, str]] = {"recipes": recipes.shipped()}
-        lookups: dict[str, Callable[[str], Any]] = {
-            "step": plugin.step,
-            "evaluator": plugin.evaluator,
-            "exporter": plugin.exporter,
-        }
-        for kind, lookup in lookups.items():
-            found[f"{kind}s"] = {n: (lookup(n).__doc__ or "").strip().splitlines()[0] for n in plugin.names(kind)}
+        for kind in ("step", "evaluator", "exporter"):
+            found[f"{kind}s"] = {name: plugin.summary(kind, name) for name in plugin.names(kind)}
         found["encodings"] = {name: encodings.describe(name) for name in encodings.NAMES}
     if as_json:
         print_json(found)
@@ -237,6 +268,8 @@ def main() -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Idle threads of torch and llama.cpp sleep instead of spinning: twice as fast beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "_COMPRESS_COMPLETE" in os.environ:  # typer folds help at the terminal's width; a shell offers every line of it
+        os.environ["COLUMNS"] = "1000"
     end_on_signals()
     app()
     sys.exit(0)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -83,40 +84,77 @@ def reporter(quiet: bool) -> Iterator[Reporter]:
 
     if quiet:
         yield Reporter()
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+        left = TextColumn("{task.fields[left]}", markup=False)
+        with Progress(*columns, left, console=Console(stderr=True, highlight=False), transient=True) as bars:
             yield Reporter(say=lambda line: bars.console.print(line, markup=False), progress=_live(bars))
     else:
-        yield Reporter(say=lambda line: print(line, file=sys.stderr, flush=True), progress=_plain_progress())
+        yield Reporter(say=_plain_line, progress=_plain_progress())
+
+
+@dataclass
+class Pace:
+    """How fast a part goes. A part is what stands before the colon of a label; falling back starts it anew."""
+
+    clock: Callable[[], float] = time.monotonic
+    part: str | None = None
+    first: float = 0.0  # the fraction that was done when the part was first heard of
+    done: float = 0.0
+    started: float = 0.0
+
+    def heard(self, label: str, fraction: float) -> bool:
+        """Take note of a report; True where it begins a new part."""
+        part = label.partition(":")[0]
+        new = part != self.part or fraction < self.done
+        if new:
+            self.part, self.first, self.started = part, fraction, self.clock()
+        self.done = fraction
+        return new
+
+    def left(self) -> str:
+        """How long the rest of the part takes at its pace so far, e.g. "1 min 20 s left"; empty while unknown."""
+        elapsed, gained = self.clock() - self.started, self.done - self.first
+        if gained <= 0 or elapsed <= 0 or self.done >= 1:
+            return ""
+        minutes, seconds = divmod(round((1 - self.done) * elapsed / gained), 60)
+        hours, minutes = divmod(minutes, 60)
+        text = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+        return f"{text} left"
 
 
 def _live(bars: Bars) -> Callable[[str, float], None]:
-    task = bars.add_task("", total=1.0)
-    current = ""
+    task, pace = bars.add_task("", total=1.0, left=""), Pace()
 
     def update(label: str, fraction: float) -> None:
-        nonlocal current
-        family = label.split(":")[0]
-        if family != current or fraction == 0:
+        if pace.heard(label, fraction):
             bars.reset(task)
-            current = family
-        bars.update(task, description=label, completed=fraction)
+        bars.update(task, description=label, completed=fraction, left=pace.left())
 
     return update
 
 
-def _plain_progress(every_seconds: float = 20.0) -> Callable[[str, float], None]:
-    last = time.monotonic()
+def _plain_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _plain_progress(
+    every_seconds: float = 10.0,
+    clock: Callable[[], float] = time.monotonic,
+    write: Callable[[str], None] = _plain_line,
+) -> Callable[[str, float], None]:
+    """A line now and then, so that a log tells a long part from a dead process."""
+    last, pace = clock(), Pace(clock)
 
     def update(label: str, fraction: float) -> None:
         nonlocal last
-        if time.monotonic() - last >= every_seconds:
-            last = time.monotonic()
-            print(f"    {label}  {fraction:.0%}", file=sys.stderr, flush=True)
+        pace.heard(label, fraction)
+        if clock() - last >= every_seconds:
+            last, left = clock(), pace.left()
+            write(f"    {label}  {fraction:.0%}{', ' if left else ''}{left}")
 
     return update
 

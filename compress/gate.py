@@ -116,8 +116,9 @@ class Gate:
         ]
         for trial in trials:
             trial.prepare(cache)
-        for group in _by_source(trials):
-            _run(group, cache, progress)
+        groups = _by_source(trials)
+        for i, group in enumerate(groups):
+            _run(group, cache, _share(progress, i, len(groups)))
         results = []
         for check in self.checks:
             own = [trial.result() for trial in trials if trial.check is check]
@@ -179,6 +180,14 @@ class _Trial:
     @property
     def open(self) -> bool:
         return self.decision.verdict == "INCONCLUSIVE" and self.documents < self.limit
+
+    @property
+    def done(self) -> float:
+        """Finished fraction: of the documents that usually decide, and then of those that there are."""
+        if not self.open:
+            return 1.0
+        usual = min(self.limit, PLANNED)
+        return self.documents / (usual if self.documents < usual else self.limit)
 
     def take(
         self,
@@ -271,8 +280,12 @@ def _run(trials: Sequence[_Trial], cache: ScoreCache | None, progress: Progress)
 
         for trial in active:
             trial.take(documents, view, cache)
-            done = min(1.0, trial.documents / min(trial.limit, PLANNED)) if trial.open else 1.0
-            progress(f"{trial.check.name} on {data.source}", done)
+        progress(f"{', '.join(t.check.name for t in active)} on {data.source}", min(t.done for t in trials))
+
+
+def _share(progress: Progress, i: int, count: int) -> Progress:
+    """Progress of the i-th of `count` parts of equal size."""
+    return lambda label, fraction: progress(label, (i + fraction) / count)
 
 
 def _pick(check: Evaluator, baseline: LanguageModel, parent: LanguageModel | None) -> LanguageModel:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress import data as data_module
-from compress import plugin
+from compress import opening, plugin
 from compress.decisions import by_cluster
 from compress.errors import GateInconclusive, RecipeError
 from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Score
@@ -28,20 +28,15 @@ WINDOWS_AT_ONCE = 4  # of 512 tokens: about 400 MB of float32 logits under a voc
 def open_model(spec: str, dtype: str = "float32") -> LanguageModel:
     """Whatever `spec` names, in the runtime that executes it.
 
-    A folder with model.onnx opens in onnxruntime, a .gguf file in llama.cpp, an artifact of a run, a
-    transformers folder, "pkg:NAME" or "org/name@revision" in torch.
+    A folder with model.onnx opens in onnxruntime, a .gguf file in llama.cpp, all else in torch, see
+    `opening.load`.
     """
-    from compress import artifact, source
-
     path = Path(spec).expanduser()
     if (path / "model.onnx").is_file():
         return plugin.exporter("onnx")().open(path)
     if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf"))):
         return plugin.exporter("gguf")().open(path)
-    if (path / artifact.MANIFEST).is_file():
-        artifact.verify(path)
-        return artifact.load(path, dtype)
-    return source.load(spec, dtype)
+    return opening.load(spec, dtype)
 
 
 def documents_of(source: str, length: int, documents: int | None, seed: int = 0) -> Documents:
@@ -163,10 +158,10 @@ def _limited(sources: Sequence[Documents], documents: int | None) -> list[Docume
 
 
 def evaluate(
-    model: str,
+    model: str | LanguageModel,
     names: Sequence[str],
     *,
-    against: str | None = None,
+    against: str | LanguageModel | None = None,
     source: str = "wiki",
     documents: int | None = 200,
     windows: int | None = None,
@@ -176,8 +171,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of a model, or of an exported artifact in its runtime; see `open_model` and `measure`.
 
-    Returns {model, runtime, compute, against, metrics}. Raises RecipeError for unknown evaluators, and for
-    relative ones (divergence) without a reference.
+    model, against: what `open_model` takes, or a model that is open already (and stays so). Returns {model,
+    runtime, compute, against, metrics}; an open model is named by its digest. Raises RecipeError for unknown
+    evaluators, and for relative ones (divergence) without a reference.
     """
     if dtype not in ("float32", "bfloat16"):
         raise RecipeError(f"dtype {dtype!r}; expected float32 or bfloat16")
@@ -192,17 +188,21 @@ def evaluate(
         if windows and e.statistic == "betting":
             raise RecipeError(f"{e.name} asks for answers, not for windows of text; leave --windows out")
     data = consecutive_windows(source, length, windows) if windows else documents_of(source, length, documents)
-    opened = open_model(model, dtype)
-    reference = open_model(against, dtype) if against else None
+    opened = open_model(model, dtype) if isinstance(model, str) else model
+    reference = open_model(against, dtype) if isinstance(against, str) else against
     metrics = [
         measure(e, opened, part, reference=reference, windows=windows, progress=progress)
         for e in evaluators
         for part in _limited(e.sources([data]), documents)
     ]
     return {
-        "model": model,
+        "model": _named(model),
         "runtime": opened.runtime,
         "compute": opened.compute,
-        "against": against,
+        "against": None if against is None else _named(against),
         "metrics": [m.model_dump(mode="json") for m in metrics],
     }
+
+
+def _named(model: str | LanguageModel) -> str:
+    return model if isinstance(model, str) else f"sha256:{model.digest}"

@@ -10,17 +10,18 @@ import difflib
 import importlib
 import importlib.util
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TypeVar
 
-from compress.errors import RecipeError
+from compress.errors import RecipeError, one_line
 from compress.interfaces import Evaluator, Exporter, Plugin, Step
 
 P = TypeVar("P", bound=Plugin)
 
 _ROOTS = {"step": "compress.steps", "evaluator": "evaluators", "exporter": "export"}
 _BASES: dict[str, type[Plugin]] = {"step": Step, "evaluator": Evaluator, "exporter": Exporter}
+_REQUIRED = {"step": (), "evaluator": ("unit", "definition"), "exporter": ("runtime", "extra")}  # class variables
 
 
 def step(name: str) -> type[Step]:
@@ -44,6 +45,15 @@ def names(kind: str) -> tuple[str, ...]:
     return tuple(sorted({*_shipped(kind), *_third_party(kind)}))
 
 
+def summary(kind: str, name: str) -> str:
+    """The first line of a plug-in's docstring; of one that cannot be used, why."""
+    try:
+        text = _find(kind, name, _BASES[kind]).__doc__ or ""
+    except RecipeError as error:
+        return f"cannot be used: {error}"
+    return "".join(text.strip().splitlines()[:1])
+
+
 def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
     """A hint for a misspelt word, or the list of what is known."""
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
@@ -53,20 +63,39 @@ def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
 
 
 def _find(kind: str, name: str, base: type[P]) -> type[P]:
-    module = _shipped(kind).get(name)
+    module, entries = _shipped(kind).get(name), _third_party(kind).get(name, [])
+    if len(entries) + (module is not None) > 1:
+        origins = ["compress" for _ in [module] if module] + [_origin(entry) for entry in entries]
+        raise RecipeError(f"{kind} {name!r} is offered by {' and by '.join(origins)}; rename or uninstall one")
     if module is not None:
         for value in vars(importlib.import_module(module)).values():
             if isinstance(value, type) and issubclass(value, base) and vars(value).get("name") == name:
                 return value
         raise TypeError(f"{module} defines no {kind} with name = {name!r}")
-    if entry := _third_party(kind).get(name):
-        value = importlib.import_module(entry.split(":")[0])
-        for part in entry.split(":")[1].split("."):
-            value = getattr(value, part)
-        if not (isinstance(value, type) and issubclass(value, base)):
-            raise RecipeError(f"entry point {entry} for {kind} {name!r} is no subclass of {base.__name__}")
-        return value
+    if entries:
+        return _loaded(kind, entries[0], base)
     raise RecipeError(f"unknown {kind} {name!r}; {nearest(name, names(kind))}")
+
+
+def _loaded(kind: str, entry: EntryPoint, base: type[P]) -> type[P]:
+    """The class that a third party's entry point names, checked as far as a class alone shows."""
+    where = f"{kind} {entry.name!r} of {_origin(entry)}"
+    try:
+        value = entry.load()
+    except Exception as error:  # a third party's module may fail in any way
+        raise RecipeError(f"{where} cannot be imported: {one_line(error)}") from error
+    if not (isinstance(value, type) and issubclass(value, base)):
+        raise RecipeError(f"{where} is no subclass of compress.interfaces.{base.__name__}")
+    if vars(value).get("name") != entry.name:
+        raise RecipeError(f"{where} has name = {vars(value).get('name')!r}, expected the entry point's {entry.name!r}")
+    missing = sorted(value.__abstractmethods__) + [a for a in _REQUIRED[kind] if not hasattr(value, a)]
+    if missing:
+        raise RecipeError(f"{where} does not define {', '.join(missing)}")
+    return value
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"{entry.dist.name if entry.dist else 'a package'} ({entry.value})"
 
 
 @cache
@@ -84,5 +113,9 @@ def _shipped(kind: str) -> dict[str, str]:
 
 
 @cache
-def _third_party(kind: str) -> dict[str, str]:
-    return {entry.name: entry.value for entry in entry_points(group=f"compress.{kind}s")}
+def _third_party(kind: str) -> dict[str, list[EntryPoint]]:
+    """Name → the entry points that offer it; more than one is an error for whoever asks for that name."""
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=f"compress.{kind}s"):
+        found.setdefault(entry.name, []).append(entry)
+    return found

@@ -123,6 +123,11 @@ class Recipe(_Head):
     name: str = "recipe"
     places: dict[YamlPath, str] = Field(default_factory=dict, repr=False)
 
+    @classmethod
+    def load(cls, source: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe in a file (a Path), or in YAML text (a str); see `compress.recipe.load`."""
+        return load(source, overrides)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.resolved() == other.resolved()
 

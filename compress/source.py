@@ -211,11 +211,22 @@ def _load_folder(source: Source, dtype: str) -> Model:
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
-        module = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, use_safetensors=True, **options)
+        module, found = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
         tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
     except (SafetensorError, OSError, ValueError) as error:
         raise Corrupt(f"{source.path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    _require_every_tensor(source.path, found)
     return Model(module, tokenizer, dtype, name=source.spec.partition("@")[0].rsplit("/", 1)[-1])
+
+
+def _require_every_tensor(path: Path, found: Mapping[str, Any]) -> None:
+    """Refuse what would pass unseen: a missing tensor becomes random numbers, an unknown one is left aside."""
+    for problem, what in (("missing_keys", "is missing"), ("unexpected_keys", "is not part of the model")):
+        if names := sorted(found[problem]):
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise Corrupt(f"{path}: tensor {names[0]} {what}{more}; weights and config do not belong together")
 
 
 def _load_gguf(source: Source, dtype: str) -> Model:
@@ -229,13 +240,15 @@ def _load_gguf(source: Source, dtype: str) -> Model:
     assert path is not None
     fields = gguf_fields(path)
     with contextlib.redirect_stderr(io.StringIO()):  # tqdm bars of the conversion
-        module = AutoModelForCausalLM.from_pretrained(
+        module, found = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    _require_every_tensor(path, found)
     _fix_pre_tokenizer(tokenizer, str(fields.get("tokenizer.ggml.pre", "default")), path)
     model = Model(module, tokenizer, dtype, name=path.stem)
     if any(kind not in ("F32", "F16", "BF16") for kind in fields["tensor_types"].values()):

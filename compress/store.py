@@ -62,6 +62,13 @@ class Store:
             return None
         return folder
 
+    def find(self, digest: str) -> Path | None:
+        """The artifact of a digest, as records of runs name them; None where it was removed or never was here."""
+        for folder in (self.root / "artifacts").glob("*"):
+            if (folder / artifact.MANIFEST).is_file() and artifact.digest(folder) == digest:
+                return folder
+        return None
+
     def save(self, model: Model, key: str) -> Path:
         """Keep a model under a key; where another process has just done so, that artifact stays."""
         artifact.save(model, self.artifact_path(key), keep=True)

@@ -88,7 +88,7 @@ class Gguf(Exporter):
         try:
             config = model.module.config
             _add_shape(writer, config.to_dict(), model.facts)
-            writer.add_name(Path(str(config._name_or_path or "model")).name)
+            writer.add_name(model.name)
             _gguf_vocabulary.add(writer, model.tokenizer, model.vocabulary_size, model.eos_ids)
             self._add_tensors(writer, model, dialect)
             writer.write_header_to_file()

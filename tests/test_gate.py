@@ -575,3 +575,12 @@ def test_progress_ends_at_one(baseline, near):
     gate(PERPLEXITY).evaluate(near, baseline, [documents(80)], progress=lambda *event: seen.append(event))
     assert {label for label, _ in seen} == {"perplexity on words"}
     assert [f for _, f in seen] == sorted(f for _, f in seen) and seen[-1][1] == 1.0
+
+
+def test_progress_of_several_checks_and_sources_never_falls_back(baseline, near):
+    seen = []
+    both = [documents(80), documents(70, source="others")]
+    gate(PERPLEXITY, DIVERGENCE).evaluate(near, baseline, both, progress=lambda *event: seen.append(event))
+    assert {"perplexity, divergence on words", "perplexity, divergence on others"} <= {label for label, _ in seen}
+    fractions = [f for _, f in seen]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0 and 0.5 in fractions

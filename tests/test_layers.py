@@ -19,13 +19,13 @@ LAYERS = [
     ("compress.decisions", "compress.scoring"),
     ("compress.gate",),
     ("compress.yaml_nodes", "compress.validation", "compress.recipe_schema", "compress.recipe", "compress.store"),
-    ("compress.plan", "compress.record", "compress.measure", "compress.parity"),
+    ("compress.plan", "compress.record", "compress.opening", "compress.measure", "compress.parity"),
     ("compress.verify",),
     ("compress.report",),
     ("compress.workbench",),
     ("compress.exporting",),
-    ("compress.run", "compress.diff", "compress.doctor"),
-    ("compress.console",),
+    ("compress.run", "compress.ungated", "compress.diff", "compress.doctor"),
+    ("compress.console", "compress.completion"),
     ("compress.cli",),
 ]  # fmt: skip
 

@@ -183,6 +183,34 @@ def test_what_cannot_be_opened_says_why(tmp_path):
             source.load(spec)
 
 
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    saved_folder(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    fewer = {key: value for key, value in weights.items() if key != name}
+    save_file(fewer, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Corrupt, match=f"tensor {name} is missing; weights and config"):
+        source.load(str(tmp_path))
+    more = {**weights, "model.layers.1.mlp.up_proj.bias": torch.ones(64), "model.layers.9.x.weight": torch.ones(1)}
+    save_file(more, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Corrupt, match=r"tensor model.layers.1.mlp.up_proj.bias is not part .* \(and 1 more\)"):
+        source.load(str(tmp_path))
+
+
+def test_a_gguf_without_a_tensor_is_refused(tmp_path, monkeypatch):
+    from export.gguf import Gguf
+    from tests.export.test_gguf import tiny
+
+    model, name = tiny(), "model.layers.1.mlp.up_proj.weight"
+    tensors = [(key, tensor) for key, tensor in model.tensors() if key != name]
+    monkeypatch.setattr(model, "tensors", lambda: iter(tensors))
+    Gguf().write(model, tmp_path)
+    with pytest.raises(Corrupt, match=f"model.gguf: tensor {name} is missing"):
+        source.load(str(tmp_path / "model.gguf"))
+
+
 def test_a_hub_id_without_network_is_a_network_error(monkeypatch):
     from huggingface_hub import constants
 

@@ -96,6 +96,15 @@ def test_a_failed_gate_is_exit_3_and_exports_nothing(place, store, tmp_path):
     assert "FAIL" in (folder / "report.md").read_text()
 
 
+def test_progress_names_the_part_before_a_colon(place, tmp_path):
+    heard: list[tuple[str, float]] = []
+    reporter = run.Reporter(progress=lambda label, fraction: heard.append((label, fraction)))
+    run.apply(load(place, f"[{{{INT8}}}]", "[gguf: {}]"), tmp_path / "run", Store(tmp_path / "home"), reporter)
+    parts = dict.fromkeys(label.partition(":")[0] for label, _ in heard)
+    assert list(parts) == ["baseline", "quantize.rtn", "gate quantize.rtn", "gate release", "gate gguf"]
+    assert all(0 <= fraction <= 1 for _, fraction in heard)
+
+
 def test_too_little_data_is_exit_4(place, store, tmp_path):
     steps = f"[{{{INT8}, gate: [{{perplexity: {{max_increase: 0.001%, max_documents: 60}}}}]}}]"
     record, _ = run.apply(load(place, steps), tmp_path / "run", store)

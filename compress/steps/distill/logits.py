@@ -120,7 +120,7 @@ class Logits(Step):
             optimizer.param_groups[0]["lr"] = rate * warm_cosine(step, len(steps), max(1, len(steps) // 10))
             optimizer.step()
             apply_masks(masks, parameters)
-            context.progress(f"{self.name} step {step + 1}/{len(steps)}, loss {loss:.4f}", (step + 1) / len(steps))
+            context.progress(f"step {step + 1}/{len(steps)}, loss {loss:.4f}", (step + 1) / len(steps))
             yield step + 1
 
     def _backward(self, student: Network, teacher: Network, windows: Sequence[Tensor]) -> float:

@@ -48,7 +48,7 @@ class Magnitude(Step):
         for i, group in enumerate(groups):
             for tensor, mask in zip(group, self._masks(model, group), strict=True):
                 record_mask(model, tensor, mask)
-            context.progress(self.name, (i + 1) / len(groups))
+            context.progress(group[-1], (i + 1) / len(groups))
         context.notes.append(sparsity_note(model, tensors, self.name))
 
     def _masks(self, model: Model, group: list[str]) -> list[Tensor]:

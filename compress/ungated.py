@@ -1,0 +1,132 @@
+"""Exporting a model without a run: the very weights, read back bit for bit, with nothing proven about their loss."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from compress import artifact, opening, plugin, publishing
+from compress.encodings import EncodedTensor, Encoding
+from compress.errors import RecipeError
+from compress.exporting import write_exactly
+from compress.interfaces import Exporter
+from compress.record import FileRecord
+from compress.validation import validated
+from compress.yaml_nodes import Document, apply_set
+
+if TYPE_CHECKING:
+    from compress.model import Model
+
+
+class Exported(BaseModel):
+    """What was written. model, origin: what it was made of. gated: never; `hint` says how to measure and gate."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+    params: dict[str, Any]
+    model: str
+    origin: str
+    path: str
+    files: list[FileRecord]
+    size_bytes: int
+    bits_per_weight: float
+    weights_exact: Literal[True] = True
+    gated: Literal[False] = False
+    hint: str
+
+
+def export(model: str | Path | Model, format: str, out: str | Path, /, **fields: Any) -> Exported:
+    """Write a model in a format ("gguf", "onnx", …) into the new folder `out`, and read every tensor back.
+
+    model: an open model, or what `opening.locate` finds (a run stands for its final model). fields: those of
+    the exporter, as a recipe's `export` takes them. No gate looks at the files: see `Exported.hint`. On any
+    failure nothing is left. Raises RecipeError for an `out` that exists, unknown fields, and encodings or
+    architectures that the format cannot hold; Corrupt where the files do not hold the very weights.
+    """
+    return write(model, configured(format, fields), out)
+
+
+def configured(format: str, fields: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Exporter:
+    """The exporter of a format with its fields; overrides: FIELD=VALUE, as `--set` takes them."""
+    kind = plugin.exporter(format)
+    given = dict(fields or {})
+    document = Document("export", given, {(name,): "export" for name in given})
+    for assignment in overrides:
+        apply_set(document, assignment)
+    return validated(document, kind, document.value, (), "exporter")
+
+
+def write(
+    model: str | Path | Model, exporter: Exporter, out: str | Path, say: Callable[[str], None] = lambda line: None
+) -> Exported:
+    """`export` with an exporter at hand; say: told what is being done."""
+    folder = Path(out).expanduser()
+    _require_new(folder)
+    opened, origin = _opened(model, say)
+    try:
+        exporter.check(opened.facts)
+        _require_encodings(opened, exporter)
+        say(f"writing {exporter.name}, and reading it back")
+        with publishing.staging(folder) as staging:
+            files = write_exactly(opened, exporter, staging / folder.name)
+            _require_new(folder)  # by now another process may have made it
+            publishing.publish(staging / folder.name, folder)
+        bits = artifact.bits_per_weight(opened)
+    finally:
+        if opened is not model:
+            opened.close()
+    return Exported(
+        format=exporter.name,
+        params=exporter.model_dump(mode="json"),
+        model=origin.spec,
+        origin=origin.description,
+        path=str(folder),
+        files=files,
+        size_bytes=sum(f.bytes for f in files),
+        bits_per_weight=bits,
+        hint=_hint(folder, origin.baseline, exporter.name),
+    )
+
+
+def lines(made: Exported) -> list[str]:
+    """What was written, for a reader."""
+    found = [f"{Path(made.path) / f.name}  {f.bytes / 1e6:.1f} MB  sha256 {f.sha256[:12]}…" for f in made.files]
+    size = f"{made.size_bytes / 1e6:.1f} MB, {made.bits_per_weight:.2f} bits per weight, weights exact"
+    return [*found, f"{made.format} of {made.model} ({made.origin}): {size}", f"NOT GATED: {made.hint}"]
+
+
+def _opened(model: str | Path | Model, say: Callable[[str], None]) -> tuple[Model, opening.Origin]:
+    if not isinstance(model, str | Path):
+        model.touch()  # whoever holds it may have changed its weights by hand
+        return model, opening.Origin(f"sha256:{model.digest}", None, "MODEL", "an open model")
+    origin = opening.locate(str(model))
+    say(f"opening {origin.spec}: {origin.description}")
+    return opening.load_from(origin), origin
+
+
+def _require_new(folder: Path) -> None:
+    if folder.exists() or folder.is_symlink():
+        raise RecipeError(f"{folder} exists already, and an export replaces nothing; give a new folder, or remove it")
+
+
+def _require_encodings(model: Model, exporter: Exporter) -> None:
+    """Refuse, before anything is written, tensors that the format cannot hold exactly."""
+    matrices = model.facts.matrices
+    for name, tensor in model.tensors():
+        encoded = isinstance(tensor, EncodedTensor)
+        encoding = tensor.encoding if isinstance(tensor, EncodedTensor) else Encoding("fp32")
+        if (encoded or name in matrices) and (reason := exporter.refuses(encoding, name)):
+            raise RecipeError(f"export {exporter.name}: {reason}")
+
+
+def _hint(folder: Path, baseline: str, format: str) -> str:
+    measured = shlex.join(["compress", "eval", str(folder), "--against", baseline, "--with", "perplexity,divergence"])
+    return (
+        f"the files hold the very weights, and nothing is proven about their loss; `{measured}` measures it; "
+        f"a recipe with `export: [{format}: {{}}]` gates it"
+    )
