@@ -1,7 +1,10 @@
 """Kill a recipe's run again and again, resume it, and compare what it publishes with an undisturbed run's bytes.
 
-Usage: .venv/bin/python scripts/kill_resume.py [RECIPE] [--kills 20] [--seed 0] [--folder DIR] [--set PATH=VALUE]...
-Takes the time of about KILLS / 2 + 2 runs. Each run has a store of its own below DIR. Exit code 0: all the same.
+Usage: .venv/bin/python scripts/kill_resume.py [RECIPE] [--kills 20] [--share 0.25] [--seed 0] [--folder DIR]
+       [--set PATH=VALUE]...
+Each start is killed after a random time below SHARE of an undisturbed run, so that several kills fall into one
+chain of resumed starts; a share below that of the longest step would never let the chain get past it. Takes the
+time of about KILLS · SHARE / 2 + 2 runs. Each chain has a store of its own below DIR. Exit code 0: all the same.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
     return sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
 
 
-def torment(folder: Path, arguments: list[str], kills: int, rng: random.Random) -> bool:
+def torment(folder: Path, arguments: list[str], kills: int, share: float, rng: random.Random) -> bool:
     """Whether every disturbed run ended with the exit code and the bytes of the undisturbed one."""
     started = time.monotonic()
     code = attempt(folder / "undisturbed", arguments, None)
@@ -64,7 +67,7 @@ def torment(folder: Path, arguments: list[str], kills: int, rng: random.Random) 
     same, open_run = True, False
     while killed < kills or open_run:
         place = folder / f"disturbed-{runs}"
-        after = rng.uniform(0, duration) if killed < kills else None
+        after = rng.uniform(0, share * duration) if killed < kills else None
         ended = attempt(place, arguments, after)
         open_run = ended == -signal.SIGKILL
         if open_run:
@@ -83,6 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="quickstart")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--share", type=float, default=0.25, help="longest time to a kill, of an undisturbed run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="kept afterwards; by default a temporary one that is removed")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE")
@@ -94,9 +98,9 @@ def main() -> int:
     if options.folder is not None:
         if options.folder.exists() and any(options.folder.iterdir()):
             parser.error(f"{options.folder} is not empty")
-        return 0 if torment(options.folder.resolve(), arguments, options.kills, rng) else 1
+        return 0 if torment(options.folder.resolve(), arguments, options.kills, options.share, rng) else 1
     with tempfile.TemporaryDirectory(prefix="kill-resume-") as folder:
-        return 0 if torment(Path(folder), arguments, options.kills, rng) else 1
+        return 0 if torment(Path(folder), arguments, options.kills, options.share, rng) else 1
 
 
 if __name__ == "__main__":
