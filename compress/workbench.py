@@ -53,6 +53,7 @@ class Workbench:
             self.reporter.say(f"opening {self.recipe.model}")
             model = source.load(self.recipe.model, self.recipe.dtype)
             folder = self.store.save(model, key)
+            model.close()
         self.baseline = folder
         return Baseline(
             model=self.recipe.model,
