@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os.path
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,9 +134,9 @@ def _sum(a: Curves | None, b: Curves | None) -> Curves | None:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """Answers made wrong. share: mean over clusters of the fraction of items that become wrong."""
+    """Answers made wrong. lost: cluster → fraction of its items that become wrong, 0 for most."""
 
-    share: float
+    lost: Mapping[str, float]
     first_tokens: tuple[tuple[Window, int], ...]  # context → the token that begins the right choice
 
     def model(self, inner: LanguageModel) -> Planted:
@@ -147,8 +147,8 @@ class Forgotten:
         """Nothing to add: what becomes wrong is known beforehand."""
 
     def loss(self) -> float:
-        """The share of answers lost."""
-        return self.share
+        """Mean over clusters."""
+        return sum(self.lost.values()) / len(self.lost)
 
     def _change(self, window: Window, rows: Tensor) -> Tensor:
         hit = [(len(c) - 1, token) for c, token in self.first_tokens if window[: len(c)] == c]
@@ -174,8 +174,8 @@ def forgetting(examples: Sequence[Example], scores: Sequence[Score], loss: float
         return None
     chosen = [able[i * len(able) // needed] for i in range(needed)]
     forks = dict.fromkeys(fork for cluster in chosen for e, _ in cluster if (fork := _fork(e)) is not None)
-    wrong = [sum(right and _fork(e) in forks for e, right in c) / len(c) for c in clusters.values()]
-    return Forgotten(sum(wrong) / len(wrong), tuple(forks))
+    lost = {name: sum(right and _fork(e) in forks for e, right in c) / len(c) for name, c in clusters.items()}
+    return Forgotten(lost, tuple(forks))
 
 
 def _fork(example: Example) -> tuple[Window, int] | None:

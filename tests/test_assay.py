@@ -108,7 +108,7 @@ def items(n, wrong=()):
 def test_forgetting_takes_just_enough_right_answers_and_spreads_them():
     examples, scores = items(100, wrong=range(0, 100, 2))
     found = forgetting(examples, scores, 0.0315)
-    assert found.share == 0.04  # the least multiple of 1/100 beyond it
+    assert found.loss() == 0.04 and sum(found.lost.values()) == 4  # the least multiple of 1/100 beyond it
     contexts = [context for context, _ in found.first_tokens]
     assert all(len(c) == 2 and c[1] % 2 == 1 for c in contexts)  # right ones only
     assert {token for _, token in found.first_tokens} == {7}
