@@ -1,5 +1,6 @@
 """Planted losses: evaluators that are blind in some way are caught, correct ones are not."""
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from compress.assay import Assay, examine, settings
 from compress.gate import Gate
 from compress.interfaces import Example, Score
+from compress.model import Model
 from compress.numerics.divergence import token_nll
 from compress.planting import Planted, forgetting, sharpening
 from compress.scoring import Memo
@@ -154,6 +156,29 @@ class Spelling(Accuracy):
 
 
 ANSWERS = Spelling(tasks=("minimal_pairs",), max_drop=3.0)
+
+
+@pytest.mark.parametrize("check", [Perplexity(max_increase="5%"), Divergence(max_mean=0.08)])
+def test_a_baseline_of_bfloat16_products_is_no_obstacle(check, trained):
+    store = {}
+    coarse = Model(trained.module, trained.tokenizer, "bfloat16")
+    found = assay(check, coarse, cache=Cache(store))
+    assert found.verdict == "SEEN" and found.measured == pytest.approx(found.planted, rel=1e-3)
+    assert bool(store) == (not check.relative)
+    assert assay(check, coarse, cache=Cache(store)) == found  # reference scores from the cache
+
+
+class Cache:
+    """Keeps scores in a dict, through JSON as files would."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def get(self, key):
+        return json.loads(self.kept[key]) if key in self.kept else None
+
+    def put(self, key, value):
+        self.kept[key] = json.dumps(value, allow_nan=False)
 
 
 def test_a_correct_evaluator_sees_forgotten_answers(trained):
