@@ -97,7 +97,7 @@ def _gate(
     def compute() -> Any:
         baseline = bench.model(bench.baseline)
         prefill = Gate(entry.gate).evaluate(
-            opened, baseline, datasets, sizes=sizes, cache=bench.store, progress=progress
+            opened, baseline, datasets, sizes=sizes, cache=bench.store, progress=progress, distrust=bench.distrust
         )
         checks = [*prefill.checks, *decode_check(opened, datasets, progress)]
         return GateResult(verdict=combine([c.verdict for c in checks]), checks=checks).model_dump(mode="json")
@@ -107,6 +107,7 @@ def _gate(
         "files": [[f.name, f.sha256] for f in files],
         "runtime": [opened.runtime, opened.compute],
         "baseline": artifact.digest(bench.baseline),
+        "distrusted": bench.distrusted(entry.gate),
         **bench.conditions(*datasets),
     }
     return GateResult.model_validate(bench.recorded(facts, compute))

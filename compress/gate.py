@@ -28,6 +28,9 @@ Figure = Annotated[
 ]
 """A number of a report: NaN and infinities, which JSON cannot hold, become null."""
 
+Distrust = Callable[[Evaluator, str], str]
+"""(check, source) → why the check means nothing there, or an empty text."""
+
 
 class CheckResult(BaseModel):
     """What one check found on one source.
@@ -99,23 +102,25 @@ class Gate:
         attempts: int = 1,
         cache: ScoreCache | None = None,
         progress: Progress = lambda label, fraction: None,
+        distrust: Distrust = lambda check, source: "",
     ) -> GateResult:
         """Check the model against its baseline (or parent) on every source.
 
         A check passes at α = (1 − confidence) / attempts on each source: all must pass, so that no further
         correction is due (intersection–union). It fails at α / k, k being the number of pairs of a
         statistical check and a source, since any one of them fails the gate. attempts: how many alternatives
-        may be tried, counted beforehand. model must be another object than its references.
+        may be tried, counted beforehand. model must be another object than its references. distrust: why a
+        check means nothing on a source (see `compress.assay`), which makes it INVALID; empty where it does.
         """
         if attempts < 1:
             raise ValueError(f"attempts is {attempts}, expected at least 1")
         sampled = [check for check in self.checks if check.statistic in DECISIONS]
         pairs = [(check, data) for check in sampled for data in check.sources(datasets)]
         trials = [
-            _Trial(check, data, model, _pick(check, baseline, parent), attempts, len(pairs)) for check, data in pairs
+            Trial(check, data, model, _pick(check, baseline, parent), attempts, len(pairs)) for check, data in pairs
         ]
         for trial in trials:
-            trial.prepare(cache)
+            trial.prepare(cache, distrust(trial.check, trial.data.source))
         groups = _by_source(trials)
         for i, group in enumerate(groups):
             _run(group, cache, _share(progress, i, len(groups)))
@@ -126,7 +131,7 @@ class Gate:
         return GateResult(verdict=combine([result.verdict for result in results]), checks=results)
 
 
-class _Trial:
+class Trial:
     """One check on one source, while documents come in."""
 
     def __init__(
@@ -162,8 +167,11 @@ class _Trial:
         """Whether both models execute the same weights."""
         return self.model.digest == self.reference.digest
 
-    def prepare(self, cache: ScoreCache | None) -> None:
+    def prepare(self, cache: ScoreCache | None, distrust: str) -> None:
         """Leave out what cannot be compared with this reference, by its scores alone."""
+        if distrust:
+            self.decision = Decision("INVALID", reason=distrust)
+            return
 
         def scores(part: Documents) -> list[Score]:
             found: list[Score] = []
@@ -179,6 +187,7 @@ class _Trial:
 
     @property
     def open(self) -> bool:
+        """Whether it looks at further documents."""
         return self.decision.verdict == "INCONCLUSIVE" and self.documents < self.limit
 
     @property
@@ -255,15 +264,15 @@ class _Trial:
         return result.model_copy(update={"details": {**self.figures, **result.details}})
 
 
-def _by_source(trials: Sequence[_Trial]) -> list[list[_Trial]]:
+def _by_source(trials: Sequence[Trial]) -> list[list[Trial]]:
     """Trials that look at the very same documents, together."""
-    groups: dict[int, list[_Trial]] = {}
+    groups: dict[int, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(id(trial.data), []).append(trial)
     return list(groups.values())
 
 
-def _run(trials: Sequence[_Trial], cache: ScoreCache | None, progress: Progress) -> None:
+def _run(trials: Sequence[Trial], cache: ScoreCache | None, progress: Progress) -> None:
     """Feed their one source to the trials until all are decided or documents run out."""
     data = trials[0].data
     for documents in batches(data.documents):

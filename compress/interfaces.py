@@ -166,6 +166,10 @@ class Evaluator(Plugin, ABC):
     minimum_examples: ClassVar[int] = 50  # clusters, where examples share one
     relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)
     margin_fields: ClassVar[frozenset[str]] = frozenset()  # fields that move the margin but no score
+    # What the loss is, so that one can be planted without asking `score`: the mean increase of −ln p(token),
+    # the mean KL(reference‖model), or the share of clusters answered wrong (a payload holds the tokens of each
+    # choice, the right one first). Windows are those of `Documents.length`, every token but the first scored.
+    planted: ClassVar[Literal["nll", "kl", "answers"] | None] = None
 
     @property
     @abstractmethod

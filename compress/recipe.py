@@ -139,6 +139,11 @@ class Recipe(_Head):
         prefixes = (path[:length] for length in range(len(path), -1, -1))
         return next((self.places[p] for p in prefixes if p in self.places), self.name)
 
+    def checks(self) -> list[Evaluator]:
+        """Every check of the release, of the steps and of the exports, in this order."""
+        gates = [self.release, *(entry.gate for entry in self.steps), *(entry.gate for entry in self.export)]
+        return [check for gate in gates for check in gate]
+
     def resolved(self) -> dict[str, Any]:
         """The canonical recipe as plain values with every default; loading it gives an equal recipe."""
         return {

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compress.assay import Assay
 from compress.decisions import Verdict
 from compress.errors import Corrupt, RecipeError
 from compress.gate import CheckResult, Figure, GateResult
@@ -115,6 +116,7 @@ class RunRecord(_Record):
     host: dict[str, str | int]
     data: list[dict[str, Any]] = Field(default_factory=list)
     baseline: Baseline | None = None
+    assays: list[Assay] = Field(default_factory=list)
     steps: list[StepRecord] = Field(default_factory=list)
     release: GateResult | None = None
     exports: list[ExportRecord] = Field(default_factory=list)

@@ -96,6 +96,7 @@ class _Work:
         """Baseline, steps, release, exports; stops at the first gate that does not pass."""
         recipe = self.bench.recipe
         self.record.baseline = self.bench.open_baseline()
+        self.record.assays = [found for own in self.bench.assays.values() for found in own]
         parent = self.bench.baseline
         for entry in recipe.steps:
             accepted = self._step(entry, parent)

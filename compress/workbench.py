@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, data, environment, source
+from compress import artifact, assay, data, environment, source
+from compress.assay import Assay
 from compress.errors import Corrupt
 from compress.gate import Gate, GateResult, Sizes
 from compress.interfaces import Documents, Evaluator, Progress
@@ -43,6 +44,7 @@ class Workbench:
     source: source.Source
     splits: Sequence[data.Split]
     baseline: Path = Path()
+    assays: dict[str, list[Assay]] = field(default_factory=dict)  # settings of a check → its assays
     _open: dict[str, Model] = field(default_factory=dict)  # artifact path → model, the latest two
 
     def open_baseline(self) -> Baseline:
@@ -55,6 +57,7 @@ class Workbench:
             folder = self.store.save(model, key)
             model.close()
         self.baseline = folder
+        self._assay()  # first: it scores the documents of the baseline's figures
         return Baseline(
             model=self.recipe.model,
             digest=artifact.digest(folder),
@@ -74,6 +77,36 @@ class Workbench:
 
         facts = {"metric": "perplexity", "model": artifact.digest(self.baseline), **self.conditions(some)}
         return Metric.model_validate(self.recorded({**facts, "documents": BASELINE_DOCUMENTS}, compute))
+
+    def _assay(self) -> None:
+        """Plant a loss for every check of the recipe, unless the store knows what came of it."""
+        checks = {_settings(c): c for c in reversed(self.recipe.checks()) if c.statistic != "exact"}
+        datasets = self.evaluation()
+        facts = {"baseline": artifact.digest(self.baseline), **self.conditions(*datasets)}
+        keys = {name: key_of({"assay": name, **facts}) for name in checks}
+        found = {name: self.store.get(key) for name, key in keys.items()}
+        missing = [name for name in checks if found[name] is None]
+        if missing:
+            chosen, progress = [checks[name] for name in missing], self.progress("assay")
+            baseline = self.model(self.baseline)
+            made = assay.examine(chosen, baseline, datasets, cache=self.store, progress=progress)
+            for name, own in zip(missing, made, strict=True):
+                found[name] = [a.model_dump(mode="json") for a in own]
+                self.store.put(keys[name], found[name])
+        self.assays = {name: [Assay.model_validate(a) for a in found[name] or []] for name in reversed(checks)}
+        for a in [a for own in self.assays.values() for a in own if a.verdict == "MISSED"]:
+            self.reporter.say(f"warning: {a.metric} on {a.source} means nothing here: {a.reason}")
+
+    def distrust(self, check: Evaluator, source: str) -> str:
+        """Why a check of the recipe means nothing on a source, as its assay found; empty where it does."""
+        return next((a.reason for a in self._missed(check) if a.source == source), "")
+
+    def distrusted(self, checks: Sequence[Evaluator]) -> list[Any]:
+        """All of these, as keys of caches hold them."""
+        return [a.model_dump(mode="json") for check in checks for a in self._missed(check)]
+
+    def _missed(self, check: Evaluator) -> list[Assay]:
+        return [a for a in self.assays.get(_settings(check), []) if a.verdict == "MISSED"]
 
     def recorded(self, facts: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """A stored value by what determines it, computed where it is absent."""
@@ -153,6 +186,7 @@ class Workbench:
                     attempts=attempts,
                     cache=self.store,
                     progress=self.progress(f"gate {label}"),
+                    distrust=self.distrust,
                 )
                 return found.model_dump(mode="json")
             finally:
@@ -164,6 +198,7 @@ class Workbench:
             "baseline": artifact.digest(self.baseline),
             "parent": artifact.digest(asked) if asked else None,
             "attempts": attempts,
+            "distrusted": self.distrusted(checks),
             **self.conditions(*datasets),
         }
         return GateResult.model_validate(self.recorded(facts_of_gate, compute))
@@ -176,3 +211,7 @@ class Workbench:
 def describe_checks(checks: Sequence[Evaluator]) -> list[Any]:
     """What decides a gate's verdict besides the models: its checks, as keys of caches hold them."""
     return [[c.name, c.version, c.model_dump(mode="json")] for c in checks]
+
+
+def _settings(check: Evaluator) -> str:
+    return key_of({"settings": assay.settings(check)})

@@ -64,6 +64,7 @@ class Accuracy(Evaluator):
     )
     statistic: ClassVar[Literal["mean", "betting", "exact"]] = "betting"
     margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop"})
+    planted: ClassVar[Literal["nll", "kl", "answers"] | None] = "answers"
     QUALIFYING: ClassVar[int] = 50  # clusters per group, of which the first item is looked at
 
     max_documents: int | None = Field(2000, ge=1)  # clusters; 1,640 prove no loss within 3 points at 10 % flips

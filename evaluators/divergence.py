@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ class Divergence(WindowEvaluator):
         "asymptotic, since the mean of an unbounded quantity has no distribution-free bound."
     )
     margin_fields: ClassVar[frozenset[str]] = frozenset({"max_mean"})
+    planted: ClassVar[Literal["nll", "kl", "answers"] | None] = "kl"
     minimum_examples: ClassVar[int] = 100
     relative: ClassVar[bool] = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from compress.interfaces import Example, LanguageModel, Score
 from evaluators._windows import Percent, WindowEvaluator, flatten
@@ -20,6 +20,7 @@ class Perplexity(WindowEvaluator):
         "documents, every token but the first of a window scored; the loss is the paired difference in nats."
     )
     margin_fields: ClassVar[frozenset[str]] = frozenset({"max_increase"})
+    planted: ClassVar[Literal["nll", "kl", "answers"] | None] = "nll"
 
     max_increase: Percent
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from compress import recipe as recipes
 from compress.errors import Locked, RecipeError
 from compress.record import RunRecord
 from compress.store import Store
+from compress.workbench import Reporter
+from evaluators.divergence import Divergence
 from tests.export.test_gguf import tiny
 from tests.tiny import WORDS
 
@@ -75,6 +78,43 @@ def test_a_run_rejects_accepts_exports_and_is_re_used(place, store, tmp_path):
     elsewhere, _ = run.apply(recipe, tmp_path / "other", store)
     assert elsewhere.steps[0].cached and elsewhere.steps[0].digest == step.digest
     assert elsewhere.exports[0].files == export.files
+
+
+def test_every_check_sees_a_planted_loss_before_it_is_trusted(place, store, tmp_path):
+    record, folder = run.apply(load(place, f"[{{{INT8}}}]"), tmp_path / "run", store)
+    assert [(a.metric, a.verdict, a.examples) for a in record.assays] == [
+        ("perplexity", "SEEN", 100),
+        ("divergence", "SEEN", 100),
+    ]
+    for a in record.assays:
+        assert a.margin < a.planted < 1.1 * a.margin and a.measured == pytest.approx(a.planted, rel=1e-3)
+    for name in ("report.md", "report.html"):
+        assert "a loss just above each margin was planted" in (folder / name).read_text()
+    again, _ = run.apply(load(place, f"[{{{INT8}}}]"), tmp_path / "again", store)
+    assert again.assays == record.assays
+
+
+class Selfish(Divergence):
+    """Compares the reference with itself, nearly."""
+
+    def score(self, model, batch, reference=None):
+        return [replace(s, total=1e-5 * i) for i, s in enumerate(super().score(reference, batch, reference))]
+
+
+def test_a_check_that_misses_a_planted_loss_is_invalid_and_nothing_is_published(place, store, tmp_path):
+    recipe = load(place, f"[{{{INT2}}}]")  # a ruined model, which the blind check alone would pass
+    blind = Selfish(max_mean=0.5)
+    recipe = recipe.model_copy(
+        update={"release": (blind,), "steps": (recipe.steps[0].model_copy(update={"gate": ()}),)}
+    )
+    said = []
+    record, folder = run.apply(recipe, tmp_path / "run", store, Reporter(say=said.append))
+    assert (record.status, record.exit_code) == ("inconclusive", 4)
+    assert [a.verdict for a in record.assays] == ["MISSED"]
+    (check,) = record.release.checks
+    assert check.verdict == "INVALID" and "was planted in the baseline" in check.definition
+    assert any("means nothing here" in line for line in said)
+    assert "missed: a loss of 0.52" in (folder / "report.md").read_text()
 
 
 def test_a_damaged_export_is_made_anew(place, store, tmp_path):

@@ -32,7 +32,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """
     if logits.shape[:1] != targets.shape:
         raise ValueError(f"{logits.shape[0]} rows of logits for {targets.numel()} targets")
-    parts = [_chunk_nll(logits[rows], targets[rows]) for rows in _chunks(len(logits))]
+    parts = [_chunk_nll(logits[rows], targets[rows]) for rows in row_chunks(len(logits))]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
@@ -45,7 +45,7 @@ def divergence(reference: Tensor, model: Tensor) -> Divergence:
     if reference.shape != model.shape:
         raise ValueError(f"logits of shapes {tuple(reference.shape)} and {tuple(model.shape)} do not compare")
     space = torch.empty(5, min(_ROWS, len(reference)), reference.shape[1])
-    chunks = [_chunk_divergence(reference[rows], model[rows], space) for rows in _chunks(len(reference))]
+    chunks = [_chunk_divergence(reference[rows], model[rows], space) for rows in row_chunks(len(reference))]
     if not chunks:
         empty = torch.zeros(0, dtype=torch.float64)
         return Divergence(empty, empty, empty.bool())
@@ -53,7 +53,8 @@ def divergence(reference: Tensor, model: Tensor) -> Divergence:
     return Divergence(kl, js, agree)
 
 
-def _chunks(rows: int) -> list[slice]:
+def row_chunks(rows: int) -> list[slice]:
+    """Slices of rows whose temporaries stay in the processor's cache."""
     return [slice(start, start + _ROWS) for start in range(0, rows, _ROWS)]
 
 

@@ -162,7 +162,8 @@ def _baseline(report: Report) -> str:
 
 def _reading(report: Report) -> str:
     terms = [f"- **{escape(prose.capital(name))}**: {escape(text)}" for name, text in report.definitions.items()]
-    return "\n\n".join(["## How to read this", *prose.HOW_TO_READ, *(["\n".join(terms)] if terms else [])])
+    method = [*prose.HOW_TO_READ, *filter(None, [escape(prose.sensitivity(report))])]
+    return "\n\n".join(["## How to read this", *method, *(["\n".join(terms)] if terms else [])])
 
 
 def _environment(report: Report) -> str:

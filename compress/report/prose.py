@@ -149,6 +149,20 @@ def scope(report: Report) -> str:
     return f"{text}, on {figures.listed(sources)}." if text and sources else f"{text}." if text else ""
 
 
+def sensitivity(report: Report) -> str:
+    """What the checks made of losses planted in the baseline; empty where none was."""
+    if not report.planted:
+        return ""
+    parts = []
+    for p in report.planted:
+        name = f"{_NAMES.get(p.metric, p.metric.replace('_', ' '))} on {p.source}"
+        text = p.measure.text
+        seen = f"planted {text(p.planted)}, measured {text(p.measured)}, margin {p.measure.limit(p.margin)}: seen"
+        parts.append(f"{name} ({seen if p.verdict == 'SEEN' else f'{p.verdict.lower()}: {p.reason}'})")
+    lead = "Before any verdict a loss just above each margin was planted in the baseline, which its check must see: "
+    return lead + "; ".join(parts) + "."
+
+
 def ratio(before: float | None, after: float | None) -> str:
     """How many times smaller; empty where it cannot be said."""
     return f"{before / after:.1f}x smaller" if before and after and after < before else ""

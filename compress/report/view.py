@@ -121,6 +121,20 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Planted:
+    """A loss planted to see whether a check finds it."""
+
+    metric: str
+    source: str
+    measure: figures.Measure
+    margin: float | None
+    planted: float | None
+    measured: float | None
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Report:
     """The whole record."""
 
@@ -137,6 +151,7 @@ class Report:
     versions: Mapping[str, str]
     host: Mapping[str, str]
     definitions: Mapping[str, str] = field(default_factory=dict)
+    planted: tuple[Planted, ...] = ()
 
     def stages(self) -> Iterator[Stage]:
         """Every node in the order of the chain."""
@@ -187,6 +202,7 @@ def read(run: Mapping[str, Any]) -> Report:
         artifacts=artifacts,
         versions={clean(k): figures.plain(v) for k, v in mapping(run.get("versions")).items()},
         host={clean(k): _host_value(clean(k), v) for k, v in mapping(run.get("host")).items()},
+        planted=tuple(_planted(a) for a in maps(run.get("assays"))),
     )
     found = [(clean(m.get("metric")), clean(m.get("definition"))) for m in maps(baseline.get("metrics"))]
     found += [(c.metric, c.definition) for s in report.stages() for c in s.checks]
@@ -272,6 +288,20 @@ def _reading(record: Mapping[str, Any]) -> Reading:
         interval=interval,
         examples=number(record.get("examples")),
         tokens=number(record.get("tokens")),
+    )
+
+
+def _planted(record: Mapping[str, Any]) -> Planted:
+    metric = clean(record.get("metric")) or "unnamed"
+    return Planted(
+        metric=metric,
+        source=clean(record.get("source")),
+        measure=figures.measure(metric, clean(record.get("unit"))),
+        margin=number(record.get("margin")),
+        planted=number(record.get("planted")),
+        measured=number(record.get("measured")),
+        verdict=_verdict(record.get("verdict")),
+        reason=clean(record.get("reason")),
     )
 
 

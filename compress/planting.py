@@ -1,0 +1,185 @@
+"""Planted losses: a baseline made worse by a known amount, without asking the evaluator that shall find it.
+
+The loss on given documents is worked out from the baseline's own logits. Likelihoods are harmed by sharpening
+every next-token distribution, p' ∝ p^(1+b): the loss is convex in b and grows without bound unless the model
+is always certain and right. Mixing with the uniform distribution, which comes to mind first, *improves*
+whatever predicts worse than guessing, and a single surprising token. Answers are harmed by making the first
+token that tells the right choice from the others impossible, in its context alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os.path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress.interfaces import Documents, Example, LanguageModel, Score
+from compress.scoring import Memo, batches
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.numerics.tempering import Curves
+
+Kind = Literal["nll", "kl"]
+Window = tuple[int, ...]
+Change = Callable[[Window, "Tensor"], "Tensor"]
+_IMPOSSIBLE = 1e4  # nats, beyond any lead
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A model whose logits are changed by a function of the window and its rows."""
+
+    inner: LanguageModel
+    name: str  # tells this change from any other
+    change: Change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    @property
+    def digest(self) -> str:
+        """Its own: this is another model."""
+        return hashlib.sha256(f"{self.inner.digest} {self.name}".encode()).hexdigest()
+
+    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """As the inner model's, changed."""
+        for window, rows in zip(windows, self.inner.logits(windows), strict=True):
+            yield self.change(tuple(window), rows)
+
+    def decode_logits(self, window: Sequence[int]) -> Tensor:
+        """As the inner model's, changed."""
+        return self.change(tuple(window), self.inner.decode_logits(window))
+
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation by the changed logits, without a cache."""
+        tokens: list[int] = []
+        while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in self.inner.eos_ids):
+            tokens.append(int(next(self.logits([(*prompt, *tokens)]))[-1].argmax()))
+        return tokens
+
+
+def windows_of(model: LanguageModel, documents: Sequence[tuple[str, str]], length: int) -> list[Window]:
+    """Consecutive windows of the documents that predict a token."""
+    texts = [model.encode(text) for _, text in documents]
+    cut = [tuple(t[start : start + length]) for t in texts for start in range(0, len(t), length)]
+    return [window for window in cut if len(window) > 1]
+
+
+@dataclass
+class Sharpened:
+    """Logits times 1 + b, and the loss that this makes on the documents observed."""
+
+    kind: Kind
+    b: float
+    seen: Curves | None = None
+
+    def model(self, inner: LanguageModel) -> Planted:
+        """The sharpened model."""
+        return Planted(inner, f"sharpened by {self.b!r}", lambda _, rows: rows * (1 + self.b))
+
+    def observe(self, model: LanguageModel, documents: Sequence[tuple[str, str]], length: int) -> None:
+        """Add documents. model: the one that is harmed, as it was."""
+        self.seen = _sum(self.seen, _curves(model, windows_of(model, documents, length), self.b, 1))
+
+    def loss(self) -> float:
+        """In nats per token, over what was observed; NaN where that is nothing."""
+        import numpy as np
+
+        return float(getattr(self.seen, self.kind)(np.array([self.b]))[0]) if self.seen else math.nan
+
+
+def sharpening(model: LanguageModel, data: Documents, losses: Sequence[tuple[Kind, float]]) -> list[Sharpened | None]:
+    """For each (kind, loss in nats per token) the sharpening that makes it on the documents, in one pass.
+
+    None where none within reach does. Interpolation leaves errors of some 1 % of a loss.
+    """
+    import numpy as np
+
+    from compress.numerics.tempering import LADDER, crossing, deviation
+
+    unit, total = 0.0, None
+    for documents in batches(data.documents):
+        windows, memo = windows_of(model, documents, data.length), Memo(model)
+        if windows and not unit:
+            spread = deviation(next(memo.logits(windows[:1])))
+            unit = math.sqrt(2 * min(loss for _, loss in losses)) / spread / 4 if spread > 0 else 1.0
+        total = _sum(total, _curves(memo, windows, unit, len(LADDER)))
+    if total is None:
+        return [None] * len(losses)
+    b = unit * np.array(LADDER, dtype=np.float64)
+    found = [(kind, crossing(b, getattr(total, kind)(b), loss)) for kind, loss in losses]
+    return [None if x is None else Sharpened(kind, x) for kind, x in found]
+
+
+def _curves(model: LanguageModel, windows: Sequence[Window], unit: float, points: int) -> Curves | None:
+    """Sums over all scored tokens; None where there is no window."""
+    import torch
+
+    from compress.numerics.tempering import curves
+
+    total: Curves | None = None
+    for window, rows in zip(windows, model.logits(windows), strict=True):
+        total = _sum(total, curves(rows[:-1], torch.tensor(window[1:]), unit, points))
+    return total
+
+
+def _sum(a: Curves | None, b: Curves | None) -> Curves | None:
+    return a + b if a and b else a or b
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Answers made wrong. lost: cluster → fraction of its items that become wrong, 0 for most."""
+
+    lost: Mapping[str, float]
+    first_tokens: tuple[tuple[Window, int], ...]  # context → the token that begins the right choice
+
+    def model(self, inner: LanguageModel) -> Planted:
+        """The model that cannot give these answers."""
+        return Planted(inner, f"forgot {self.first_tokens!r}", self._change)
+
+    def observe(self, model: LanguageModel, documents: Sequence[tuple[str, str]], length: int) -> None:
+        """Nothing to add: what becomes wrong is known beforehand."""
+
+    def loss(self) -> float:
+        """Mean over clusters."""
+        return sum(self.lost.values()) / len(self.lost)
+
+    def _change(self, window: Window, rows: Tensor) -> Tensor:
+        hit = [(len(c) - 1, token) for c, token in self.first_tokens if window[: len(c)] == c]
+        if hit:
+            rows = rows.clone()
+            for row, token in hit:
+                rows[row, token] -= _IMPOSSIBLE
+        return rows
+
+
+def forgetting(examples: Sequence[Example], scores: Sequence[Score], loss: float) -> Forgotten | None:
+    """Make just so many clusters wrong, evenly spread, that their share exceeds `loss`; None where it cannot.
+
+    examples: their payloads are the tokens of each choice, the right one first. scores: the model's, 0 where
+    it is right; clusters with a wrong answer have nothing to forget.
+    """
+    clusters: dict[str, list[tuple[Example, bool]]] = {}
+    for example, score in zip(examples, scores, strict=True):
+        clusters.setdefault(example.cluster, []).append((example, score.total == 0))
+    able = [c for c in clusters.values() if all(right and _fork(e) is not None for e, right in c)]
+    needed = math.floor(loss * len(clusters)) + 1
+    if needed > len(able):
+        return None
+    chosen = [able[i * len(able) // needed] for i in range(needed)]
+    forks = dict.fromkeys(fork for cluster in chosen for e, _ in cluster if (fork := _fork(e)) is not None)
+    lost = {name: sum(right and _fork(e) in forks for e, right in c) / len(c) for name, c in clusters.items()}
+    return Forgotten(lost, tuple(forks))
+
+
+def _fork(example: Example) -> tuple[Window, int] | None:
+    """The tokens that all choices share, and the right one's next; None where it has none."""
+    right: Window = tuple(example.payload[0])
+    shared = len(os.path.commonprefix(list(example.payload)))
+    return (right[:shared], right[shared]) if 0 < shared < len(right) else None
