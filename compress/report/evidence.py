@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.report import charts, figures, parts, prose
+from compress.report import charts, figures, parts, prose, spread
 from compress.report.charts import Axis
 from compress.report.markup import Child, Markup, element
 from compress.report.view import Check, Report, Stage
@@ -43,7 +43,7 @@ def _metric_block(report: Report, metric: str) -> Markup:
     rows = [_check_row(s, c, axis, again) for (s, c), again in zip(pairs, repeats, strict=True)]
     title = element("h3", parts.named(metric))
     table = parts.table(head, rows, "evidence", parts.typeset(label), _EVIDENCE_COLUMNS)
-    return element("div", title, table, _details(pairs), class_="metric")
+    return element("div", title, table, spread.spread(pairs), _details(pairs), class_="metric")
 
 
 _EVIDENCE_COLUMNS = ("stage", "source", "plotted", "loss", "bounds", "limit", "change", "n", "tokens", "gate")
@@ -81,7 +81,8 @@ def _details(pairs: Sequence[tuple[Stage, Check]]) -> Markup | None:
     for stage, check in pairs:
         if not check.details:
             continue
-        text = ", ".join(figures.detail(key, value) for key, value in check.details.items())
+        drawn = spread.percentiles(check) or {}
+        text = ", ".join(figures.detail(key, value) for key, value in check.details.items() if key not in drawn)
         where = f"{'final model' if stage.kind == 'release' else stage.title} {check.source}".strip()
         items.append(element("div", element("dt", where), element("dd", text)))
     if not items:

@@ -7,7 +7,7 @@ import hashlib
 from importlib.resources import files
 from typing import Any
 
-from compress.report import chain, evidence, opening, prose, tables
+from compress.report import chain, evidence, layers, opening, prose, samples, tables
 from compress.report.markup import Markup, element
 from compress.report.view import Report, read
 
@@ -21,6 +21,8 @@ def render_html(run: dict[str, Any]) -> str:
         opening.head(report),
         chain.chain(report),
         evidence.evidence(report),
+        samples.samples(report),
+        layers.layers(report),
         tables.artifacts(report),
         tables.work(report),
         tables.baseline(report),
