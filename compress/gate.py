@@ -29,7 +29,7 @@ Figure = Annotated[
 """A number of a report: NaN and infinities, which JSON cannot hold, become null."""
 
 
-EXAMPLES_KEPT = 2_000  # of each check and source, from which samples are chosen: some 10 MB of tokens at most
+EXAMPLES_KEPT = 500  # of each check and source, from which samples are chosen: 35 MB where one has 32 choices
 
 
 class CheckResult(BaseModel):

@@ -126,7 +126,7 @@ def _line(label: str, drawing: Markup, text: str) -> Markup:
 def _cells(
     columns: list[int], errors: Mapping[int, float | None], scale: Scale, height: int, label: str, name: str
 ) -> Markup:
-    width = 100 / len(columns)
+    width = _width(columns)
     cells = []
     for i, layer in enumerate(columns):
         if layer not in errors:
@@ -135,6 +135,11 @@ def _cells(
         box = _box(i * width, width, height, error, scale)
         cells.append(element("g", element("title", f"layer {layer}, {name}: {_words(error)}"), box))
     return element("svg", cells, width="100%", height=height, role="img", aria_label=label)
+
+
+def _width(columns: list[int]) -> float:
+    """Percent of a cell; a model of few layers does not fill the page."""
+    return 100 / max(len(columns), 12)
 
 
 def _box(x: float, width: float, height: int, error: float | None, scale: Scale) -> Markup:
@@ -149,7 +154,7 @@ def _words(error: float | None) -> str:
 
 def _layer_axis(columns: list[int]) -> Markup:
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 10_000) if len(columns) <= 10 * s)
-    width = 100 / len(columns)
+    width = _width(columns)
     labels = [
         element("text", f"{layer}", x=percent((i + 0.5) * width), y=11, text_anchor="middle")
         for i, layer in enumerate(columns)
