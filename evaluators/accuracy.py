@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compress.errors import GateInconclusive, RecipeError
-from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Score
+from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Sample, Score
 from compress.plugin import nearest
 from evaluators import _choices, _cloze, _minimal_pairs
 
@@ -56,6 +56,7 @@ class Accuracy(Evaluator):
     """
 
     name: ClassVar[str] = "accuracy"
+    version: ClassVar[int] = 2  # scores hold the choice since 2
     unit: ClassVar[str] = "fraction"
     definition: ClassVar[str] = (
         "fraction of items on which the right continuation has the highest total log-probability (a tie is "
@@ -66,6 +67,7 @@ class Accuracy(Evaluator):
     margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop"})
     planted: ClassVar[Literal["nll", "kl", "answers"] | None] = "answers"
     QUALIFYING: ClassVar[int] = 50  # clusters per group, of which the first item is looked at
+    SHOWN: ClassVar[int] = 4  # flips of each direction
 
     max_documents: int | None = Field(2000, ge=1)  # clusters; 1,640 prove no loss within 3 points at 10 % flips
     # Not strict: a list fills a tuple, in Python as in YAML.
@@ -150,14 +152,19 @@ class Accuracy(Evaluator):
     def score(
         self, model: LanguageModel, batch: Sequence[Example], reference: LanguageModel | None = None
     ) -> list[Score]:
-        """1 for a wrong answer, 0 for a right one; `lead` is how far the right choice leads, in nats."""
+        """1 for a wrong answer, 0 for a right one.
+
+        `lead` is how far the right choice leads, in nats; `chosen` is the index of the likeliest choice, on a
+        tie with the right one a wrong one.
+        """
         scores = []
         for example, (right, *others) in zip(
             batch, _choices.log_probabilities(model, [e.payload for e in batch]), strict=True
         ):
             lead = right - max(others) if all(map(math.isfinite, others)) else math.nan
             wrong = math.nan if math.isnan(lead) else float(not lead > 0)
-            scores.append(Score(example.id, wrong, 1.0, {"lead": lead}))
+            chosen = 1.0 + others.index(max(others)) if wrong else 0.0
+            scores.append(Score(example.id, wrong, 1.0, {"lead": lead, "chosen": chosen}))
         return scores
 
     def display(self, loss: float) -> str:
@@ -180,6 +187,24 @@ class Accuracy(Evaluator):
         for score in scores:
             groups.setdefault(_choices.group_of(score.id), []).append(score)
         return found | {f"accuracy on {group}": self.value(groups[group]) for group in sorted(groups)}
+
+    def samples(
+        self,
+        examples: Sequence[Example],
+        new: Sequence[Score],
+        old: Sequence[Score],
+        decode: Callable[[Sequence[int]], str],
+    ) -> list[Sample]:
+        """The first flips of each direction, in the random order of the clusters: none is picked for its looks."""
+        found: dict[str, list[Sample]] = {"right to wrong": [], "wrong to right": []}
+        for example, after, before in zip(examples, new, old, strict=True):
+            note = {(0.0, 1.0): "right to wrong", (1.0, 0.0): "wrong to right"}.get((before.total, after.total))
+            if note is None or len(found[note]) == self.SHOWN:
+                continue
+            start = _choices.start_of(example.payload)
+            reference, model = (decode(example.payload[int(s.extra["chosen"])][start:]) for s in (before, after))
+            found[note].append(Sample(example.id, decode(example.payload[0][:start]), reference, model, note))
+        return [sample for samples in found.values() for sample in samples]
 
 
 def _refutes(right: int, asked: int, chance: float) -> bool:

@@ -11,11 +11,14 @@ from pydantic import Field
 from compress.interfaces import Example, LanguageModel, Score
 from evaluators._windows import WindowEvaluator, flatten
 
+PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p999": 99.9}
+
 
 class Divergence(WindowEvaluator):
     """Mean KL(reference‖model) per token, with Jensen–Shannon divergence and top-1 agreement beside it."""
 
     name: ClassVar[str] = "divergence"
+    version: ClassVar[int] = 2  # more percentiles since 2
     unit: ClassVar[str] = "nats per token"
     definition: ClassVar[str] = (
         "mean KL(reference‖model) of the next-token distributions over the same windows as perplexity; "
@@ -60,13 +63,13 @@ class Divergence(WindowEvaluator):
         return scores
 
     def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
-        """Mean Jensen–Shannon divergence, top-1 agreement, and the 99.9th percentile of KL over tokens."""
+        """Mean Jensen–Shannon divergence, top-1 agreement, and percentiles of KL over tokens, in nats.
+
+        p50 is the typical token, p999 (99.9 %) the rare one at which a generation may leave its path.
+        """
         import numpy as np
 
         tokens = sum(s.weight for s in scores)
         kl = np.concatenate([np.asarray(s.positions, dtype=np.float32) for s in scores])
-        return {
-            "js": sum(s.extra["js"] for s in scores) / tokens,
-            "top1": sum(s.extra["top1"] for s in scores) / tokens,
-            "p999": float(np.percentile(kl, 99.9)),
-        }
+        means = {name: sum(s.extra[name] for s in scores) / tokens for name in ("js", "top1")}
+        return means | dict(zip(PERCENTILES, map(float, np.percentile(kl, list(PERCENTILES.values())))))

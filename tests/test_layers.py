@@ -21,6 +21,7 @@ LAYERS = [
     ("compress.assay",),
     ("compress.yaml_nodes", "compress.validation", "compress.recipe_schema", "compress.recipe", "compress.store"),
     ("compress.plan", "compress.record", "compress.opening", "compress.measure", "compress.parity"),
+    ("compress.inspection",),
     ("compress.verify",),
     ("compress.report",),
     ("compress.workbench",),

@@ -73,7 +73,12 @@ def _nice(raw: float) -> float:
     return magnitude * next(m for m in (1, 2, 5, 10) if m >= raw / magnitude - 1e-9)
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A length in percent, for attributes.
+
+    >>> percent(33.3333), percent(50.0)
+    ('33.33%', '50%')
+    """
     return f"{value:.2f}".rstrip("0").rstrip(".") + "%"
 
 
@@ -85,8 +90,8 @@ def axis_header(axis: Axis, signed: bool = True) -> Markup:
         anchor = "start" if at < 2 else "middle"
         shown = axis.measure.forward(tick)
         text = "0" if abs(shown) < 1e-12 else f"{shown:{'+' if signed else ''}.6g}".replace("-", "\u2212")
-        labels.append(element("text", text, x=_percent(at), y=11, text_anchor=anchor))
-        labels.append(element("line", x1=_percent(at), x2=_percent(at), y1=15, y2=20, class_="tick"))
+        labels.append(element("text", text, x=percent(at), y=11, text_anchor=anchor))
+        labels.append(element("line", x1=percent(at), x2=percent(at), y1=15, y2=20, class_="tick"))
     return element("svg", labels, class_="axis", width="100%", height=20, aria_hidden="true")
 
 
@@ -95,7 +100,7 @@ def interval(axis: Axis, check: Check, name: str) -> Markup:
     back: list[Markup] = []
     if check.margin is not None:
         edge = axis.position(check.margin)
-        back.append(element("rect", x="0%", y=0, width=_percent(edge), height="100%", class_="allowed"))
+        back.append(element("rect", x="0%", y=0, width=percent(edge), height="100%", class_="allowed"))
     back += [_upright(axis.position(tick), "grid") for tick in axis.ticks()]
     back.append(_upright(axis.position(0.0), "zero"))
     if check.margin is not None:
@@ -121,7 +126,7 @@ def interval(axis: Axis, check: Check, name: str) -> Markup:
 
 
 def _upright(at: float, kind: str) -> Markup:
-    return element("line", x1=_percent(at), x2=_percent(at), y1=0, y2="100%", class_=kind)
+    return element("line", x1=percent(at), x2=percent(at), y1=0, y2="100%", class_=kind)
 
 
 def _bar(axis: Axis, check: Check) -> list[Markup]:
@@ -134,10 +139,10 @@ def _bar(axis: Axis, check: Check) -> list[Markup]:
         left = 94.0  # wholly beyond: without a stem the arrow would look like a mark
     if upper < axis.low:
         right = 6.0
-    parts = [element("line", x1=_percent(left), x2=_percent(right), y1=0, y2=0, class_="bar")]
+    parts = [element("line", x1=percent(left), x2=percent(right), y1=0, y2=0, class_="bar")]
     for bound in (check.lower, check.upper):
         if bound is not None and axis.low <= bound <= axis.high:
-            at = _percent(axis.position(bound))
+            at = percent(axis.position(bound))
             parts.append(element("line", x1=at, x2=at, y1=-5, y2=5, class_="cap"))
     if upper > axis.high:
         parts.append(_placed(100, element("path", d="M-9 -6l9 6l-9 6z", class_="arrow")))
@@ -148,7 +153,7 @@ def _bar(axis: Axis, check: Check) -> list[Markup]:
 
 def _placed(at: float, drawing: Markup) -> Markup:
     # Paths know no percentages: a nested svg carries them to their place.
-    return element("svg", drawing, x=_percent(at), overflow="visible")
+    return element("svg", drawing, x=percent(at), overflow="visible")
 
 
 def _mark(at: float, verdict: str) -> Markup:
@@ -157,7 +162,7 @@ def _mark(at: float, verdict: str) -> Markup:
     if verdict == "INVALID":
         return _placed(at, element("rect", x=-5, y=-5, width=10, height=10, class_="point hollow"))
     hollow = "" if verdict == "PASS" else " hollow"
-    return element("circle", cx=_percent(at), cy=0, r=5, class_=f"point{hollow}")
+    return element("circle", cx=percent(at), cy=0, r=5, class_=f"point{hollow}")
 
 
 def size_bar(size_bytes: float, largest: float, name: str) -> Markup:
@@ -169,7 +174,7 @@ def size_bar(size_bytes: float, largest: float, name: str) -> Markup:
         element("title", text),
         element("desc", f"{width:.0f} % of the largest, {figures.size(largest)}"),
         element("rect", x="0%", y=0, width="100%", height=8, class_="rail"),
-        element("rect", x="0%", y=0, width=_percent(width), height=8, class_="amount"),
+        element("rect", x="0%", y=0, width=percent(width), height=8, class_="amount"),
         class_="sizebar",
         width="100%",
         height=8,

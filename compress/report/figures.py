@@ -26,6 +26,12 @@ def clean(value: object) -> str:
     return "".join(c if unicodedata.category(c) not in {"Cc", "Cf", "Cs", "Zl", "Zp"} else _escape(c) for c in text)
 
 
+def block(value: object) -> str:
+    """A field as a text of several lines: as `clean`, with line breaks and tabs kept."""
+    text = "" if value is None else str(value).replace("\r\n", "\n")
+    return "".join(c if c in "\n\t" else clean(c) for c in text)
+
+
 def _escape(character: str) -> str:
     return " " if character in "\n\t\r" else f"\\u{ord(character):04x}"
 
@@ -124,6 +130,31 @@ def seconds(value: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def share(value: float | None) -> str:
+    """A small ratio with two digits.
+
+    >>> share(0.0234), share(250.0), share(0.0), share(None)
+    ('0.023', '250', '0', 'n/a')
+    """
+    if value is None or value == 0 or 0.001 <= abs(value) < 1e4:
+        return NOTHING if value is None else f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits}\u202f\u00d7\u202f10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+
+
+def power(value: float) -> str:
+    """A power of ten.
+
+    >>> power(0.01), power(1e-5)
+    ('0.01', '10⁻⁵')
+    """
+    exponent = round(math.log10(value))
+    return f"{value:g}" if -3 <= exponent < 4 else f"10{str(exponent).translate(_SUPERSCRIPT)}"
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+
+
 def count(value: float | None, noun: str = "") -> str:
     """A count with its noun: 9,204 tokens."""
     if value is None:
@@ -150,6 +181,9 @@ def parameters(params: Mapping[str, Any]) -> str:
 DETAIL_NAMES = {
     "js": "mean Jensen-Shannon divergence (nats)",
     "top1": "top-1 agreement",
+    "p50": "median of KL over tokens (nats)",
+    "p90": "90th percentile of KL over tokens (nats)",
+    "p99": "99th percentile of KL over tokens (nats)",
     "p999": "99.9th percentile of KL over tokens (nats)",
     "size_bytes": "size",
     "bits_per_weight": "bits per weight",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from compress.report import figures, prose
+from compress.report import figures, layers, prose, spread
 from compress.report.view import Artifact, Check, Report, Stage, read
 
 
@@ -17,6 +17,8 @@ def render_markdown(run: dict[str, Any]) -> str:
         _head(report),
         _chain(report),
         _checks(report),
+        _samples(report),
+        _layers(report),
         _artifacts(report),
         _baseline(report),
         _reading(report),
@@ -107,6 +109,7 @@ def _checks(report: Report) -> str:
         pairs = [(s, c) for s in report.stages() for c in s.checks if c.metric == metric]
         parts.append(f"### {escape(prose.capital(metric))}")
         parts.append(table(head, [_check(stage, check) for stage, check in pairs]))
+        parts += _percentiles(pairs)
     return "\n\n".join(parts if len(parts) > 1 else [*parts, "No check was evaluated."])
 
 
@@ -125,6 +128,45 @@ def _check(stage: Stage, check: Check) -> list[str]:
         figures.count(check.tokens),
         check.verdict + (f": {check.reason}" if check.reason else ""),
     ]
+
+
+def _percentiles(pairs: Sequence[tuple[Stage, Check]]) -> list[str]:
+    found = [(stage, check, spread.percentiles(check)) for stage, check in pairs]
+    rows = [
+        [_title(stage), check.source, *(figures.share(value) for value in values.values())]
+        for stage, check, values in found
+        if values
+    ]
+    return [table(["Gate", "Source", *(f"{name} of tokens" for name in spread.PERCENTILES.values())], rows)][
+        : len(rows)
+    ]
+
+
+def _samples(report: Report) -> str:
+    """Examples of the final model alone, each text cut to a line."""
+    checks = report.release.checks if report.release is not None else ()
+    rows = [
+        [check.metric, check.source, *(_line(t) for t in (s.prompt[-200:], s.reference, s.model)), s.note]
+        for check in checks
+        for s in check.samples
+    ]
+    head = ["Metric", "Source", "Prompt (its end)", "Baseline", "Compressed", "Note"]
+    return "## Answers side by side\n\n" + table(head, rows) if rows else ""
+
+
+def _line(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= 200 else words[:199] + "…"
+
+
+def _layers(report: Report) -> str:
+    rows = []
+    for stage, errors in layers.measured(report):
+        median, largest, where = layers.summary(errors)
+        rows.append([stage.title, figures.share(median), figures.share(largest), where])
+    head = ["Step", "Median", "Largest", "Where"]
+    text = "## Where the error arises\n\nRelative squared error of the output of each linear.\n\n"
+    return text + table(head, rows) if rows else ""
 
 
 def _artifacts(report: Report) -> str:

@@ -14,6 +14,17 @@ SEVERITY = {"FAIL": 0, "INVALID": 1, "INCONCLUSIVE": 2}
 
 
 @dataclass(frozen=True)
+class Sample:
+    """An example with the answers of both models; texts may have several lines."""
+
+    id: str
+    prompt: str
+    reference: str
+    model: str
+    note: str
+
+
+@dataclass(frozen=True)
 class Check:
     """One gate check; numbers that are absent or not finite are None."""
 
@@ -34,6 +45,7 @@ class Check:
     definition: str
     reason: str  # why an INVALID check is none
     details: Mapping[str, Any]
+    samples: tuple[Sample, ...] = ()
 
     @property
     def measure(self) -> figures.Measure:
@@ -80,6 +92,7 @@ class Stage:
     cached: bool = False
     notes: tuple[str, ...] = ()
     gate_off: tuple[str, ...] = ()
+    layer_errors: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -225,8 +238,14 @@ def check(record: Mapping[str, Any]) -> Check:
         definition=definition,
         reason=reason.removesuffix("."),
         details=mapping(record.get("details")),
+        samples=tuple(_sample(s) for s in maps(record.get("samples"))),
         **{name: number(record.get(name)) for name in _NUMBERS},
     )
+
+
+def _sample(record: Mapping[str, Any]) -> Sample:
+    prompt, reference, model = (figures.block(record.get(name)) for name in ("prompt", "reference", "model"))
+    return Sample(clean(record.get("id")), prompt, reference, model, clean(record.get("note")))
 
 
 _NUMBERS = ("reference", "value", "loss", "lower", "upper", "margin", "confidence", "examples", "tokens")
@@ -331,7 +350,12 @@ def _attempts(index: int, step: Mapping[str, Any]) -> Iterator[Stage]:
             cached=bool(own.get("cached")),
             notes=_words(record.get("notes")) or (_words(step.get("notes")) if last else ()),
             gate_off=_words(step.get("gate_off")) if last else (),
+            layer_errors=_layer_errors(step) if accepted else {},
         )
+
+
+def _layer_errors(step: Mapping[str, Any]) -> dict[str, float | None]:
+    return {clean(name): number(error) for name, error in mapping(step.get("layer_errors")).items()}
 
 
 def _letter(position: int) -> str:

@@ -157,6 +157,7 @@ def test_scores_are_wrong_answers_and_nan_stays_nan(baseline):
     scores = CHECK.score(baseline, CHECK.examples(data, baseline.encode))
     assert [s.total for s in scores] == [0.0] * 6 + [1.0] * 6
     assert all((s.extra["lead"] > 0) == (s.total == 0) for s in scores)
+    assert [s.extra["chosen"] for s in scores] == [0.0] * 6 + [1.0] * 6
     assert CHECK.value(scores) == 0.5
     broken = perturbed(baseline, 0.0)
     with torch.no_grad():
@@ -166,7 +167,8 @@ def test_scores_are_wrong_answers_and_nan_stays_nan(baseline):
 
 def test_a_tie_is_wrong(baseline):
     data = Documents("minimal_pairs", [("a:0", json.dumps([["the", " cat", " cat"]]))], "d")
-    assert CHECK.score(baseline, CHECK.examples(data, baseline.encode))[0].total == 1.0
+    (score,) = CHECK.score(baseline, CHECK.examples(data, baseline.encode))
+    assert (score.total, score.extra["chosen"]) == (1.0, 1.0)
 
 
 # --- items -------------------------------------------------------------------------------------------------
@@ -349,6 +351,39 @@ def test_flips_are_counted_both_ways_and_the_loss_is_their_balance(baseline):
     down, up = result.details["right to wrong"], result.details["wrong to right"]
     assert down > 0 and up > 0
     assert result.loss == pytest.approx((down - up) / result.examples, abs=1e-12)
+
+
+class Memory(dict):
+    """A cache of scores that went through JSON."""
+
+    def put(self, key, value):
+        self[key] = json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize("cache", [None, Memory()])
+def test_flips_are_shown_with_what_each_model_chose(baseline, cache):
+    half = [*made("good", baseline, 300), *made("good", baseline, 100, seed=5, flipped=True)]
+    half = [replace(c, id=str(i)) for i, c in enumerate(half)]
+    random.Random(0).shuffle(half)
+    far = perturbed(baseline, 1.0)
+    for _ in range(2):  # the second time the reference's scores come from the cache
+        result = judge(sources_of(half), far, baseline, cache=cache)
+        notes = [s.note for s in result.samples]
+        assert notes == ["right to wrong"] * 4 + ["wrong to right"] * 4
+        items = {f"good:{c.id}/{i}": item for c in half for i, item in enumerate(c.items)}
+        for sample in result.samples:
+            (tokens,), item = one(items[sample.id], baseline), items[sample.id]
+            texts = [sample.prompt + answer for answer in (sample.reference, sample.model)]
+            right, wrong = (item.prefix + choice for choice in item.choices)
+            assert texts == ([right, wrong] if sample.note == "right to wrong" else [wrong, right])
+            for model, text in ((baseline, texts[0]), (far, texts[1])):
+                scores = _choices.log_probabilities(model, [tokens])[0]
+                assert baseline.decode(tokens[scores.index(max(scores))]) == text
+
+
+def test_a_task_without_a_flip_shows_nothing(baseline, liked):
+    result = judge(sources_of(liked), perturbed(baseline, 0.0001), baseline)
+    assert result.details["right to wrong"] == 0 and result.samples == []
 
 
 def test_the_same_weights_lose_nothing_and_other_weights_with_equal_scores_are_invalid(baseline, liked):

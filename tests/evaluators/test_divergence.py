@@ -37,7 +37,9 @@ def test_divergence_equals_its_definition_in_a_plain_loop(models):
         values += kl
     assert evaluator.value(scores) == pytest.approx(np.mean(values), rel=1e-4)
     details = evaluator.details(scores)
-    assert details["p999"] == pytest.approx(np.percentile(values, 99.9), rel=1e-3)
+    for name, q in (("p50", 50), ("p90", 90), ("p99", 99), ("p999", 99.9)):
+        assert details[name] == pytest.approx(np.percentile(values, q), rel=1e-3)
+    assert details["p50"] < details["p90"] < details["p99"] < details["p999"]
     assert details["top1"] == pytest.approx(sum(s.extra["top1"] for s in scores) / len(values))
     assert 0 < details["js"] < details["p999"]
 
