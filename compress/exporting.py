@@ -27,8 +27,9 @@ def export(bench: Workbench, entry: ExportEntry, final: Path, out: Path) -> Expo
     started = time.monotonic()
     exporter = entry.exporter
     bench.reporter.say(f"exporting {exporter.name}")
+    bench.close()  # writing needs room for copies of its own
     files = write_exactly(bench.model(final), exporter, out)
-    bench.release(final)  # the runtime holds a copy of its own from here on
+    bench.close()  # the runtime holds its own weights from here on
     seconds = round(time.monotonic() - started, 1)
     sizes = Sizes(sum(f.bytes for f in files), artifact.manifest(final)["bits_per_weight"])
     opened = exporter.open(out)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH_DOCUMENTS = 16
-BATCH_CHARACTERS = 4_000  # about 1,000 tokens: keeps the logits that checks share within `MEMO_BYTES`
-MEMO_BYTES = 256 * 2**20  # of logits kept per model
+BATCH_CHARACTERS = 2_000  # about 500 tokens: keeps the logits that checks share within `MEMO_BYTES`
+MEMO_BYTES = 128 * 2**20  # of logits kept per model
 
 
 class ScoreCache(Protocol):
@@ -30,7 +30,7 @@ class ScoreCache(Protocol):
 
 
 def batches(documents: Sequence[tuple[str, str]]) -> Iterator[Sequence[tuple[str, str]]]:
-    """Consecutive slices of at most 16 documents and about 1,000 tokens, whichever is less.
+    """Consecutive slices of at most 16 documents and about 500 tokens, whichever is less.
 
     >>> [len(batch) for batch in batches([("a", "x" * 9000), *[("b", "y")] * 17])]
     [1, 16, 1]

@@ -131,13 +131,8 @@ class Workbench:
                 raise
         return self._open[name]
 
-    def release(self, folder: Path) -> None:
-        """Close an artifact's model, unless it is the baseline's."""
-        if folder != self.baseline and (model := self._open.pop(str(folder), None)) is not None:
-            model.close()
-
     def close(self) -> None:
-        """Release every open model."""
+        """Release every open model; they open again when they are asked for."""
         for model in self._open.values():
             model.close()
         self._open.clear()

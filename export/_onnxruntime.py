@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
-TOKENS_PER_RUN = 1024  # bounds the logits held at a time: 200 MB at 49,152 tokens of vocabulary
+TOKENS_PER_RUN = 512  # bounds the logits held at a time: 100 MB at 49,152 tokens of vocabulary
 TOKENS_PER_CHUNK = 256  # of a prompt that is read into the cache
 
 

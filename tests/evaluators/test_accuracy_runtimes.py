@@ -24,7 +24,7 @@ def test_leads_are_those_of_torch(name, tmp_path):
     scores = list(zip(check.score(model, ours), check.score(runtime, ours), strict=True))
     runtime.close()
     for torchs, other in scores:
-        assert other.extra["lead"] == pytest.approx(torchs.extra["lead"], abs=0.05)  # llama.cpp's cache is float16
-    clear = [(a.total, b.total) for a, b in scores if abs(a.extra["lead"]) > 0.1]
+        assert other.extra["lead"] == pytest.approx(torchs.extra["lead"], abs=0.1)  # llama.cpp's cache is float16
+    clear = [(a.total, b.total) for a, b in scores if abs(a.extra["lead"]) > 0.2]
     assert len(clear) > 20 and {a for a, _ in clear} == {0.0, 1.0}
     assert all(a == b for a, b in clear)
