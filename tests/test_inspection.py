@@ -103,7 +103,7 @@ def test_real_model_loses_more_at_fewer_bits_and_within_seconds(real_model, real
         step("quantize.rtn")(encoding=encoding, group_size=32).apply(model, Context(seed=0))
         started = time.monotonic()
         errors[encoding] = layer_errors(model, real_baseline, windows)
-        assert time.monotonic() - started < 20  # 3 s on 2 idle cores
+        assert time.monotonic() - started < 20  # 3.3 s on one thread
     assert len(errors["int8"]) == 210
     assert all(0 < errors["int8"][name] < errors["int4"][name] / 20 for name in errors["int8"])  # 2⁸ in theory
     assert max(errors["int4"].values()) < 1
