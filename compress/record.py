@@ -74,6 +74,7 @@ class StepRecord(_Record):
     gate_off: list[str]
     notes: list[str]
     attempts: list[Attempt]
+    layer_errors: dict[str, Figure] = Field(default_factory=dict)  # linear → ‖y − y'‖² / ‖y‖², where accepted
 
 
 class FileRecord(_Record):

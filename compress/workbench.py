@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, data, environment, source
-from compress.errors import Corrupt
+from compress import artifact, data, environment, inspection, source
+from compress.errors import Corrupt, RecipeError
 from compress.gate import Gate, GateResult, Sizes
 from compress.interfaces import Documents, Evaluator, Progress
 from compress.measure import measure
@@ -112,6 +113,37 @@ class Workbench:
         (part,) = [s for s in self.splits if s.request.role == role]
         separator = min(model.eos_ids) if model.eos_ids else 0
         return data.pack(part, model.encode, separator)
+
+    def layer_errors(self, folder: Path) -> dict[str, float | None]:
+        """Each linear's error against the baseline on some of *selection*, to 4 digits; None is not finite.
+
+        For reading, not for deciding: none where selection is too short to fill a window, which is said.
+        """
+        (part,) = [s for s in self.splits if s.request.role == "selection"]
+        length = min(inspection.TOKENS, part.request.length)
+        request = replace(part.request, length=length, tokens=inspection.WINDOWS * length)
+
+        def compute() -> Any:
+            baseline = self.model(self.baseline)
+            separator = min(baseline.eos_ids) if baseline.eos_ids else 0
+            try:
+                windows = data.pack(replace(part, request=request), baseline.encode, separator)
+            except RecipeError as error:
+                self.reporter.say(f"  layer errors are not measured: {error}")
+                return {}
+            model = self.model(folder)
+            found = inspection.layer_errors(model, baseline, windows, self.progress("inspect"))
+            self.release(folder)
+            return {name: float(f"{x:.4g}") if math.isfinite(x) else None for name, x in found.items()}
+
+        facts = {
+            "layer_errors": [inspection.VERSION, part.digest, request.length, request.tokens],
+            "model": artifact.digest(folder),
+            "baseline": artifact.digest(self.baseline),
+            **self.conditions(),
+        }
+        errors: dict[str, float | None] = self.recorded(facts, compute)
+        return errors
 
     def evaluation(self) -> list[Documents]:
         """The evaluation sources, in gate order."""

@@ -19,7 +19,7 @@ LAYERS = [
     ("compress.decisions", "compress.scoring"),
     ("compress.gate",),
     ("compress.yaml_nodes", "compress.validation", "compress.recipe_schema", "compress.recipe", "compress.store"),
-    ("compress.plan", "compress.record", "compress.measure", "compress.parity"),
+    ("compress.plan", "compress.record", "compress.measure", "compress.parity", "compress.inspection"),
     ("compress.verify",),
     ("compress.report",),
     ("compress.workbench",),

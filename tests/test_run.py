@@ -62,6 +62,7 @@ def test_a_run_rejects_accepts_exports_and_is_re_used(place, store, tmp_path):
     (step,) = record.steps
     assert [a.verdict for a in step.attempts] == ["FAIL", "PASS"]
     assert step.params["encoding"] == "int8" and step.gate.verdict == "PASS"
+    assert len(step.layer_errors) == 14 and all(0 < e < 0.01 for e in step.layer_errors.values())
     (export,) = record.exports
     assert export.weights_exact and {c.metric for c in export.gate.checks} == {"perplexity", "divergence", "decode"}
     for file in export.files:
@@ -93,6 +94,7 @@ def test_a_failed_gate_is_exit_3_and_exports_nothing(place, store, tmp_path):
     record, folder = run.apply(load(place, f"[{{{INT4}}}]", "[gguf: {}]"), tmp_path / "run", store)
     assert (record.status, record.exit_code) == ("failed", 3)
     assert not record.exports and not (folder / "artifacts").exists()
+    assert record.steps[0].layer_errors == {}  # of what was accepted only
     assert "FAIL" in (folder / "report.md").read_text()
 
 
@@ -179,3 +181,13 @@ def test_a_baseline_at_chance_proves_no_accuracy_and_nothing_is_published(place,
     (check,) = (c for c in record.release.checks if c.metric == "accuracy")
     assert (check.verdict, check.source) == ("INVALID", "minimal_pairs")
     assert "not proven to exceed 59% (chance and three margins)" in check.definition
+
+
+def test_a_selection_that_fills_no_window_costs_the_layer_errors_alone(place, store, tmp_path):
+    said: list[str] = []
+    (tmp_path / "short.jsonl").write_text('{"text": "a word"}\n')
+    recipe = load(place, f"[{{{INT8}}}]", overrides=(f"data.selection.source=file:{tmp_path}/short.jsonl",))
+    record, _ = run.apply(recipe, tmp_path / "run", store, run.Reporter(say=said.append))
+    assert record.status == "passed" and record.steps[0].layer_errors == {}
+    (line,) = (line for line in said if "layer errors" in line)
+    assert "are not measured: selection source file:" in line and "tokens fill no window of 32" in line
