@@ -86,18 +86,14 @@ def score_text(opened: dict[str, LanguageModel], data: Documents, until: float) 
 
 
 def score_answers(opened: dict[str, LanguageModel], clusters: int, until: float) -> dict[str, Any]:
-    """Mean losses per cluster of minimal pairs, of as many as time allows; "planted": evenly spread losses."""
+    """Mean losses per cluster of minimal pairs of all phenomena, of as many as time allows.
+
+    "planted": evenly spread losses.
+    """
     from compress import planting
-    from compress.scoring import cached_scores
 
     check, baseline = CHECKS["accuracy"], opened["baseline"]
     (data,) = check.sources([])
-
-    def reference(part: Documents) -> Any:
-        cut = [replace(part, documents=documents) for documents in batches(part.documents)]
-        return [s for p in cut for s in cached_scores(check, baseline, p, check.examples(p, baseline.encode), None)]
-
-    data, _ = check.comparable(data, reference)
     examples, answers = [], {name: [] for name in opened}  # type: ignore[var-annotated]
     for documents in batches(data.documents[:clusters]):
         if time.monotonic() > until:
@@ -121,13 +117,13 @@ def scores(path: Path, documents: int, clusters: int, minutes: float) -> dict[st
     """What the file holds; what it lacks is computed and added."""
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if not {"text", "answers"} <= set(kept):
-        opened = models()
-        started = time.monotonic()
-        if "answers" not in kept:
-            kept["answers"] = score_answers(opened, clusters, started + 60 * minutes / 3)
-            path.write_text(json.dumps(kept))
+        opened, started = models(), time.monotonic()
         if "text" not in kept:
-            kept["text"] = score_text(opened, documents_of("wiki", 512, documents), started + 60 * minutes)
+            data = documents_of("wiki", 512, documents)
+            kept["text"] = score_text(opened, data, started + 60 * minutes * 2 / 3)
+            path.write_text(json.dumps(kept))
+        if "answers" not in kept:
+            kept["answers"] = score_answers(opened, clusters, started + 60 * minutes)
             path.write_text(json.dumps(kept))
     return kept
 

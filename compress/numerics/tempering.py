@@ -65,7 +65,8 @@ def curves(logits: Tensor, targets: Tensor, unit: float, points: int = len(LADDE
 
 def _ladder(p: Tensor, e: Tensor, points: int) -> Tensor:
     """Σ over rows of ln Σ p·e^m for the first multiples m, (points,): 1, then 2 and 3 and their doublings."""
-    powers, sums = [e, e * e, e * e * e], []
+    powers = [e, e * e, e * e * e] if points > 1 else [e]
+    sums = []
     for i in range(points):
         power = powers[i if i < 3 else 1 + (i - 1) % 2]
         if i >= 3:
