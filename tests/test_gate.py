@@ -14,7 +14,7 @@ from compress.errors import RecipeError
 from compress.gate import CheckResult, Gate, GateResult, Sizes
 from compress.interfaces import Documents
 from compress.numerics.sequences import detectable, mixture_variance, width
-from compress.scoring import Memo, batches, score_key
+from compress.scoring import Memo, batches, cached_scores, score_key
 from evaluators.divergence import Divergence
 from evaluators.footprint import Footprint
 from evaluators.perplexity import Perplexity
@@ -533,6 +533,14 @@ def test_reference_scores_come_from_the_cache_and_change_nothing(baseline, near,
     assert again == first and looser.verdict == "PASS"
     assert not rows and store.hits == 8 and len(store) == 4
     assert gate(PERPLEXITY).evaluate(far, baseline, data, cache=store).verdict == "FAIL"
+
+
+def test_a_score_from_the_cache_equals_the_one_that_was_put(baseline):
+    store, data = Store(), documents(3)
+    batch = PERPLEXITY.examples(data, baseline.encode)
+    fresh = cached_scores(PERPLEXITY, baseline, data, batch, store)
+    assert len(store) == 1 and cached_scores(PERPLEXITY, baseline, data, batch, store) == fresh
+    assert store.hits == 1
 
 
 def test_scores_that_are_not_finite_are_not_kept(baseline, near):
