@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from compress.decisions import DECISIONS, PLANNED, Decision, Rule, Verdict, by_cluster, combine, compare
 from compress.errors import GateInconclusive, RecipeError
-from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Score
+from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Sample, Score
 from compress.scoring import Memo, ScoreCache, batches, cached_scores
 
 Figure = Annotated[
@@ -27,6 +27,9 @@ Figure = Annotated[
     PlainSerializer(lambda value: value if math.isfinite(value) else None, return_type=float | None),
 ]
 """A number of a report: NaN and infinities, which JSON cannot hold, become null."""
+
+
+EXAMPLES_KEPT = 2_000  # of each check and source, from which samples are chosen: some 10 MB of tokens at most
 
 
 class CheckResult(BaseModel):
@@ -55,6 +58,7 @@ class CheckResult(BaseModel):
     verdict: Verdict
     definition: str
     details: dict[str, Figure] = Field(default_factory=dict)
+    samples: list[Sample] = Field(default_factory=list)
 
 
 class GateResult(BaseModel):
@@ -145,6 +149,7 @@ class _Trial:
         self.rule = Rule(check.margin, alpha, alpha / k, planned, check.minimum_examples)
         self.new: list[Score] = []
         self.old: list[Score] = []
+        self.examples: list[Example] = []  # the first `EXAMPLES_KEPT`
         self.clusters: list[str] = []
         self.figures: dict[str, float] = {}
         self.seen: set[str] = set()
@@ -235,6 +240,7 @@ class _Trial:
         self.new += new
         self.old += old
         self.clusters += [example.cluster for example in batch]
+        self.examples += batch[: EXAMPLES_KEPT - len(self.examples)]
 
     def result(self) -> CheckResult:
         """What was found when documents ran out or the check was decided."""
@@ -243,7 +249,12 @@ class _Trial:
             reason = f"{n} examples, and at least {self.rule.minimum} are needed"
             decision = replace(decision, verdict="INVALID", reason=reason)
         result = _result(self.check, self.data.source, decision, self.new, self.old)
-        return result.model_copy(update={"details": {**self.figures, **result.details}})
+        details = {**self.figures, **result.details}
+        return result.model_copy(update={"details": details, "samples": self._samples()})
+
+    def _samples(self) -> list[Sample]:
+        kept = len(self.examples)
+        return self.check.samples(self.examples, self.new[:kept], self.old[:kept], self.model.decode)
 
 
 def _by_source(trials: Sequence[_Trial]) -> list[list[_Trial]]:

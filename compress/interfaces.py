@@ -55,6 +55,9 @@ class LanguageModel(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as this runtime tokenizes it, without special tokens added."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens written out; bytes that are no UTF-8 become U+FFFD."""
+
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """One float32 tensor (len(window), vocabulary) per window, in order; row t predicts token t + 1.
 
@@ -139,6 +142,19 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """An example worth showing to people: what was asked, and what the reference and the model answer."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # it is a part of run.json, too
+
+    id: str
+    prompt: str
+    reference: str
+    model: str
+    note: str = ""  # what makes it worth showing, e.g. "right to wrong"
+
+
+@dataclass(frozen=True)
 class Documents:
     """One evaluation source: its name, its documents in gate order as (id, text), and its digest."""
 
@@ -213,6 +229,20 @@ class Evaluator(Plugin, ABC):
     def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
         """Further figures for the report, by name. reference: its scores of the same examples, if it has any."""
         return {}
+
+    def samples(
+        self,
+        examples: Sequence[Example],
+        new: Sequence[Score],
+        old: Sequence[Score],
+        decode: Callable[[Sequence[int]], str],
+    ) -> list[Sample]:
+        """At most some 8 examples worth showing, with the answers of the reference and of the model.
+
+        new, old: scores of the model and of its reference, in the examples' order; those of the reference may
+        come from a cache, and there are none where the evaluator is `relative`. decode: token ids → text.
+        """
+        return []
 
 
 class Exporter(Plugin, ABC):

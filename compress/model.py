@@ -125,6 +125,11 @@ class Model:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens written out."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
     @torch.inference_mode()
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """One float32 (len(window), vocabulary) tensor per window, in order.

@@ -95,6 +95,21 @@ class LlamaCpp:
             raise CompressError(f"{self.path}: llama.cpp could not tokenize {len(data)} bytes (code {count})")
         return list(ids[:count])
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids by llama.cpp's vocabulary, special tokens written out."""
+        # Piece by piece: llama_detokenize tidies the spaces before punctuation in some vocabularies.
+        return b"".join(map(self._piece, ids)).decode(errors="replace")
+
+    def _piece(self, token: int) -> bytes:
+        size = 64
+        for _ in range(2):  # a buffer that is too small is answered with the size that fits
+            buffer = ctypes.create_string_buffer(size)
+            count = self._library.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, True)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+        raise CompressError(f"{self.path}: llama.cpp could not write out token {token} (code {count})")
+
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """One float32 (len(window), vocabulary) tensor per window, in order, each with an empty cache."""
         for window in windows:

@@ -75,6 +75,11 @@ class OnnxModel:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens written out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """One float32 (len(window), vocabulary) tensor per window, in order.
 

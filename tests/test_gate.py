@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -8,11 +8,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from pydantic import ValidationError
 
 from compress.decisions import Rule, combine, compare, decide, interval, minimum_detectable
 from compress.errors import RecipeError
 from compress.gate import CheckResult, Gate, GateResult, Sizes
-from compress.interfaces import Documents
+from compress.interfaces import Documents, Sample
 from compress.numerics.sequences import detectable, mixture_variance, width
 from compress.scoring import Memo, batches, cached_scores, score_key
 from evaluators.divergence import Divergence
@@ -461,7 +462,7 @@ def test_exact_checks_take_no_share_of_the_error(baseline, near):
 
 def test_results_have_the_keys_of_a_check():
     keys = "metric unit source against reference value loss lower upper margin confidence examples tokens"
-    assert set(CheckResult.model_fields) == {*keys.split(), "verdict", "definition", "details"}
+    assert set(CheckResult.model_fields) == {*keys.split(), "verdict", "definition", "details", "samples"}
 
 
 # --- cost --------------------------------------------------------------------------------------------------
@@ -583,3 +584,24 @@ def test_progress_ends_at_one(baseline, near):
     gate(PERPLEXITY).evaluate(near, baseline, [documents(80)], progress=lambda *event: seen.append(event))
     assert {label for label, _ in seen} == {"perplexity on words"}
     assert [f for _, f in seen] == sorted(f for _, f in seen) and seen[-1][1] == 1.0
+
+
+class Shown(Perplexity):
+    """Shows what it is given."""
+
+    def samples(self, examples, new, old, decode):
+        kept = zip(examples, new, old, strict=True)
+        assert all(e.id == a.id == b.id for e, a, b in kept)
+        return [Sample(e.id, decode(e.payload[0]), "a", "b") for e in examples]
+
+
+def test_samples_see_matching_scores_of_a_bounded_number_of_examples(monkeypatch):
+    monkeypatch.setattr("compress.gate.EXAMPLES_KEPT", 40)
+    model, data = tiny_model(), documents(80)
+    check = Shown(max_increase=0.00001, max_documents=80)
+    (found,) = gate(check).evaluate(perturbed(model, 0.001), model, [data]).checks
+    assert found.examples > 40 == len(found.samples) == 40
+    assert [s.prompt for s in found.samples] == [text for _, text in data.documents[:40]]
+    assert CheckResult.model_validate_json(found.model_dump_json()) == found
+    with pytest.raises(ValidationError, match="unexpected"):
+        CheckResult.model_validate({**found.model_dump(), "samples": [{**asdict(found.samples[0]), "unknown": "x"}]})

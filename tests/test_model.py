@@ -40,6 +40,14 @@ def test_decoding_and_generation_follow_the_forward_pass():
         tokens.append(token)
 
 
+def test_decoding_writes_every_token_out():
+    model = tiny_model()
+    text = "Straße  , don ' t\n"  # spaces before punctuation stay
+    assert model.decode(model.encode(text)) == text
+    assert model.decode([]) == ""
+    assert model.decode(model.encode("ß")[:1]) == "\ufffd"  # half a character
+
+
 def test_store_writes_the_decoded_weight_and_changes_the_digest():
     model = tiny_model()
     name = "model.layers.0.mlp.up_proj.weight"

@@ -358,6 +358,9 @@ def test_token_ids_are_those_of_transformers(pre: str, opened: Any) -> None:
     texts = list(probes(model.tokenizer))
     assert len(texts) > 300
     assert [runtime.encode(t) for t in texts] == [model.encode(t) for t in texts]
+    for text in texts:
+        ids = model.encode(text)
+        assert runtime.decode(ids) == model.decode(ids)
 
 
 def test_the_real_tokenizer_survives(smollm: PreTrainedTokenizerFast, opened: Any) -> None:
@@ -366,9 +369,11 @@ def test_the_real_tokenizer_survives(smollm: PreTrainedTokenizerFast, opened: An
     texts = [*probes(smollm), Path(__file__).read_text(), source.__doc__ or ""]
     assert len(texts) > 350
     for text in texts:
-        assert runtime.encode(text) == model.encode(text)
+        ids = model.encode(text)
+        assert runtime.encode(text) == ids and runtime.decode(ids) == model.decode(ids) == text
     chat = smollm.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert runtime.encode(chat) == model.encode(chat)
+    assert runtime.decode(model.encode(chat)) == chat  # special tokens written out
     assert model.eos_ids <= runtime.eos_ids
 
 
@@ -386,7 +391,8 @@ def test_added_tokens_and_several_ends_are_kept(opened: Any) -> None:
     model.module.generation_config.eos_token_id = ends
     runtime = opened(model)
     assert set(ends) <= runtime.eos_ids
-    assert runtime.encode("a<call> [plain]b") == model.encode("a<call> [plain]b")
+    ids = model.encode("a<call> [plain]b")
+    assert runtime.encode("a<call> [plain]b") == ids and runtime.decode(ids) == model.decode(ids)
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,8 @@ def test_runtime_describes_the_model(export: Callable[[str], Export]) -> None:
     assert runtime.runtime.startswith("onnxruntime 1.")
     text = "Straße, 東京 and 🙂\n\n  twice "
     assert runtime.encode(text) == done.model.encode(text)
+    ids = [*done.model.encode(text), *runtime.eos_ids]
+    assert runtime.decode(ids) == done.model.decode(ids) and runtime.decode(ids).startswith(text)
     assert len(runtime.digest) == 64 and runtime.digest == Onnx().open(done.path).digest
     assert runtime.digest != Onnx().open(export("everything").path).digest
 
