@@ -55,6 +55,12 @@ class LanguageModel(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as this runtime tokenizes it, without special tokens added."""
 
+    def encode_chat(self, message: str) -> list[int]:
+        """Token ids of a user's message in the chat template that ships with the model, up to the answer.
+
+        The plain text's where it ships none. Raises Corrupt or RecipeError where the template cannot be rendered.
+        """
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens written out; bytes that are no UTF-8 become U+FFFD."""
 
