@@ -300,6 +300,10 @@ def _power_lines(checks: Sequence[dict[str, Any]]) -> list[str]:
         if check["source"] == "files":
             lines.append(f"{check['metric']}: exact, from the files")
             continue
+        if check["resolves"] == 0:
+            margin = f"margin {check['margin_shown']}, decided on a fixed set, without sampling error"
+            lines.append(f"{check['metric']} on {check['source']}: {margin}")
+            continue
         resolves = check["resolves_shown"] or "unknown"
         lines.append(
             f"{check['metric']} on {check['source']}: margin {check['margin_shown']}, "
@@ -315,7 +319,7 @@ def _metric_lines(found: dict[str, Any]) -> list[str]:
         low, high = metric["interval"]
         line = f"{metric['metric']}  {metric['value']:.4f}"
         if low is not None and high is not None:
-            line += f"  [{low:.4f}, {high:.4f}] at 95 %"
+            line += f"  [{low:.4f}, {high:.4f}] at 95 %" if low < high else "  exact, on a fixed set"
         lines.append(f"{line}  n={metric['examples']} on {metric['source']}, {metric['tokens']} tokens")
         if loss := metric.get("against"):
             lines.append(

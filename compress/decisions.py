@@ -1,6 +1,7 @@
 """Decisions: from totals per cluster to a verdict, by bounds that hold at all looks together.
 
-"mean" follows the mean loss with an asymptotic confidence sequence, "betting" follows a bounded one exactly.
+"mean" follows the mean loss with an asymptotic confidence sequence, "betting" follows a bounded one exactly,
+and "census" adds up a fixed set.
 """
 
 from __future__ import annotations
@@ -126,6 +127,19 @@ def decide_by_betting(losses: Floats, weights: Floats, rule: Rule, identical: bo
     return Decision(compare(lower, upper, rule.margin), loss, lower, upper)
 
 
+def decide_by_census(losses: Floats, weights: Floats, rule: Rule, identical: bool) -> Decision:
+    """The same for a fixed set of which nothing is left out: the loss is known, and both bounds are the loss.
+
+    rule.minimum: the size of the set; nothing is decided on a part of it.
+    """
+    if reason := _unusable(losses, weights):
+        return Decision("INVALID", reason=reason)
+    loss = float(losses.sum() / weights.sum()) if len(losses) else math.nan
+    if len(losses) < rule.minimum:
+        return Decision("INCONCLUSIVE", loss)
+    return Decision(compare(loss, loss, rule.margin), loss, loss, loss)
+
+
 def _unusable(losses: Floats, weights: Floats) -> str:
     """Why totals mean nothing, or an empty text."""
     if not (np.isfinite(losses).all() and np.isfinite(weights).all()):
@@ -136,6 +150,7 @@ def _unusable(losses: Floats, weights: Floats) -> str:
 DECISIONS: Mapping[str, Callable[[Floats, Floats, Rule, bool], Decision]] = {
     "mean": decide,
     "betting": decide_by_betting,
+    "census": decide_by_census,
 }
 """Statistic of samples → the decision over totals per cluster, each (n,)."""
 
@@ -156,9 +171,9 @@ def minimum_detectable(evaluator: Evaluator, planned_n: int, sd: float, attempts
     """Smallest distance from the margin that `planned_n` clusters resolve at 80 % power, in the check's unit.
 
     sd: standard deviation over clusters of (loss − margin · weight), divided by the mean weight. Where the
-    result exceeds the margin, not even a lossless model is likely to pass. 0 for exact checks.
+    result exceeds the margin, not even a lossless model is likely to pass. 0 where there is no sampling error.
     """
-    if evaluator.statistic == "exact":
+    if evaluator.statistic in ("census", "exact"):
         return 0.0
     if planned_n < evaluator.minimum_examples:
         return math.inf

@@ -112,17 +112,16 @@ class Gate:
 
         A check passes at α = (1 − confidence) / attempts on each source: all must pass, so that no further
         correction is due (intersection–union). It fails at α / k, k being the number of pairs of a
-        statistical check and a source, since any one of them fails the gate. attempts: how many alternatives
+        sampled check and a source, since any one of them fails the gate. attempts: how many alternatives
         may be tried, counted beforehand. model must be another object than its references. distrust: why a
         check means nothing on a source (see `compress.assay`), which makes it INVALID; empty where it does.
         """
         if attempts < 1:
             raise ValueError(f"attempts is {attempts}, expected at least 1")
-        sampled = [check for check in self.checks if check.statistic in DECISIONS]
-        pairs = [(check, data) for check in sampled for data in check.sources(datasets)]
-        trials = [
-            Trial(check, data, model, _pick(check, baseline, parent), attempts, len(pairs)) for check, data in pairs
-        ]
+        scored = [check for check in self.checks if check.statistic in DECISIONS]
+        pairs = [(check, data) for check in scored for data in check.sources(datasets)]
+        k = max(1, sum(check.statistic != "census" for check, _ in pairs))
+        trials = [Trial(check, data, model, _pick(check, baseline, parent), attempts, k) for check, data in pairs]
         for trial in trials:
             trial.prepare(cache, distrust(trial.check, trial.data.source))
         groups = _by_source(trials)
@@ -152,7 +151,8 @@ class Trial:
         alpha = (1 - check.confidence) / attempts
         self.check, self.data, self.model, self.reference = check, data, model, reference
         planned = max(1, min(self.limit, PLANNED))
-        self.rule = Rule(check.margin, alpha, alpha / k, planned, check.minimum_examples)
+        least = max(check.minimum_examples, self.limit if check.statistic == "census" else 0)
+        self.rule = Rule(check.margin, alpha, alpha / k, planned, least)
         self.new: list[Score] = []
         self.old: list[Score] = []
         self.examples: list[Example] = []  # the first `EXAMPLES_KEPT`
@@ -181,7 +181,8 @@ class Trial:
         def scores(part: Documents) -> list[Score]:
             found: list[Score] = []
             for documents in batches(part.documents):
-                batch = self.check.examples(replace(part, documents=documents), self.reference.encode)
+                encode = self.check.encoder(self.reference)
+                batch = self.check.examples(replace(part, documents=documents), encode)
                 found += cached_scores(self.check, self.reference, part, batch, cache)
             return found
 
@@ -214,7 +215,7 @@ class Trial:
         self.documents += len(documents)
         try:
             self._score(documents, view, cache)
-        except _Invalid as error:
+        except (_Invalid, GateInconclusive) as error:
             self.decision = replace(self.decision, verdict="INVALID", reason=str(error))
             return
         losses = np.array([s.total for s in self.new], dtype=np.float64)
@@ -222,7 +223,7 @@ class Trial:
             losses = losses - np.array([s.total for s in self.old], dtype=np.float64)
         weights = np.array([s.weight for s in self.new], dtype=np.float64)
         losses, weights = by_cluster(self.clusters, losses), by_cluster(self.clusters, weights)
-        if self.check.statistic == "betting" and len(losses) >= self.rule.minimum and self._untouched():
+        if self.check.statistic != "mean" and len(losses) >= self.rule.minimum and self._untouched():
             reason = f"all {len(self.new)} scores of both models are equal, and the weights are not"
             self.decision = Decision("INVALID", float(losses.mean()), reason=reason)
             return
@@ -266,6 +267,8 @@ class Trial:
         if decision.verdict == "INCONCLUSIVE" and n < self.rule.minimum:
             reason = f"{n} examples, and at least {self.rule.minimum} are needed"
             decision = replace(decision, verdict="INVALID", reason=reason)
+        if decision.verdict == "PASS" and (doubt := self.check.doubt(self.new, self.old)):
+            decision = replace(decision, verdict="INVALID", reason=doubt)
         result = _result(self.check, self.data.source, decision, self.new, self.old)
         details = {**self.figures, **result.details}
         return result.model_copy(update={"details": details, "samples": self._samples()})
@@ -318,7 +321,7 @@ def _pick(check: Evaluator, baseline: LanguageModel, parent: LanguageModel | Non
 
 def _same_examples(check: Evaluator, data: Documents, model: LanguageModel, reference: LanguageModel) -> list[Example]:
     """The examples as both tokenizers see them; a difference would compare unlike things."""
-    ours, theirs = check.examples(data, model.encode), check.examples(data, reference.encode)
+    ours, theirs = (check.examples(data, check.encoder(m)) for m in (model, reference))
     if [e.id for e in ours] != [e.id for e in theirs]:
         raise _Invalid("model and reference have different examples")
     for a, b in zip(ours, theirs, strict=True):

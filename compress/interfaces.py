@@ -55,6 +55,12 @@ class LanguageModel(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as this runtime tokenizes it, without special tokens added."""
 
+    def encode_chat(self, message: str) -> list[int]:
+        """Token ids of a user's message in the chat template that ships with the model, up to the answer.
+
+        The plain text's where it ships none. Raises Corrupt or RecipeError where the template cannot be rendered.
+        """
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens written out; bytes that are no UTF-8 become U+FFFD."""
 
@@ -169,7 +175,8 @@ class Evaluator(Plugin, ABC):
 
     `statistic` names the decision rule: "mean" (paired asymptotic confidence sequence over
     sum(loss) - margin * weight per cluster), "betting" (exact sequence over the mean loss of each cluster,
-    which lies in [-1, 1]) or "exact" (a deterministic quantity, compared directly).
+    which lies in [-1, 1]), "census" (a fixed set, read whole, that stands for nothing else: its loss is known
+    without error) or "exact" (a deterministic quantity of the files, compared directly).
     """
 
     against: Literal["baseline", "parent"] = "baseline"
@@ -178,7 +185,7 @@ class Evaluator(Plugin, ABC):
 
     unit: ClassVar[str]  # of the additive loss, e.g. "nats per token"
     definition: ClassVar[str]  # one sentence, printed in reports
-    statistic: ClassVar[Literal["mean", "betting", "exact"]] = "mean"
+    statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "mean"
     minimum_examples: ClassVar[int] = 50  # clusters, where examples share one
     relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)
     margin_fields: ClassVar[frozenset[str]] = frozenset()  # fields that move the margin but no score
@@ -191,6 +198,16 @@ class Evaluator(Plugin, ABC):
     @abstractmethod
     def margin(self) -> float:
         """Largest loss that passes, in the additive unit per unit of weight."""
+
+    @property
+    def window(self) -> int:
+        """Tokens of the longest window that it makes itself; 0 where the data set their length."""
+        return 0
+
+    @property
+    def written(self) -> int:
+        """Most tokens that it lets a model write per document; 0 where models only read."""
+        return 0
 
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """What is looked at, source by source: the evaluation sources, or items made from or beside them."""
@@ -206,15 +223,23 @@ class Evaluator(Plugin, ABC):
         """
         return data, {}
 
+    def encoder(self, model: LanguageModel) -> Callable[[str], list[int]]:
+        """How the model turns a document into tokens: as it stands, or as a message to answer."""
+        return model.encode
+
     def examples(self, data: Documents, encode: Callable[[str], list[int]]) -> list[Example]:
-        """The examples of one source, in the given order; called with consecutive slices of its documents."""
+        """The examples of one source, in the given order; called with consecutive slices of its documents.
+
+        encode: see `encoder`. Raises GateInconclusive where the data cannot give what is to be looked at.
+        """
         raise TypeError(f"{self.name} looks at no documents")
 
     def score(
         self, model: LanguageModel, batch: Sequence[Example], reference: LanguageModel | None = None
     ) -> list[Score]:
         """Scores of a batch, in its order. The loss of an example is its total minus the reference's total;
-        a `relative` evaluator is given the reference and returns the loss itself.
+        a `relative` evaluator is given the reference and returns the loss itself. Raises GateInconclusive
+        where the model cannot be asked.
         """  # noqa: D205
         raise TypeError(f"{self.name} scores no examples")
 
@@ -229,6 +254,10 @@ class Evaluator(Plugin, ABC):
     def value(self, scores: Sequence[Score]) -> float:
         """The metric itself over scores of one model, e.g. perplexity; the mean per unit of weight by default."""
         return sum(s.total for s in scores) / sum(s.weight for s in scores)
+
+    def doubt(self, scores: Sequence[Score], reference: Sequence[Score]) -> str:
+        """Why a loss within the margin would prove nothing on these scores, or an empty text."""
+        return ""
 
     def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
         """Further figures for the report, by name. reference: its scores of the same examples, if it has any."""

@@ -61,9 +61,9 @@ def score_examples(
     """Batches of examples: documents, or single windows where a number of them is given."""
     if windows is None:
         for part in batches(data.documents):
-            yield evaluator.examples(replace(data, documents=part), model.encode)
+            yield evaluator.examples(replace(data, documents=part), evaluator.encoder(model))
         return
-    (whole,) = evaluator.examples(data, model.encode)
+    (whole,) = evaluator.examples(data, evaluator.encoder(model))
     cut = [Example(f"window {i}", f"window {i}", (w,)) for i, w in enumerate(whole.payload[:windows])]
     if len(cut) < windows or len(cut[-1].payload[0]) < data.length:
         raise RecipeError(f"{data.source} fills fewer than {windows} windows of {data.length} tokens")
@@ -84,7 +84,7 @@ def measure(
     """One metric over all documents (or single windows, see `score_examples`), and its loss against a reference.
 
     Intervals are fixed-sample 95 % intervals over clusters, which for text are documents (linearized ratio):
-    for reading, not for deciding.
+    for reading, not for deciding. Those of a fixed set have no width.
     Raises GateInconclusive where there is nothing finite to report.
     """
     new: list[Score] = []
@@ -106,10 +106,11 @@ def measure(
     totals = by_cluster(clusters, np.array([s.total for s in new]))
     if not np.isfinite(totals).all():
         raise GateInconclusive(f"{evaluator.name} on {data.source}: the model's scores are not finite")
-    mean, half = _ratio(totals, weights)
+    exact = evaluator.statistic == "census"  # a fixed set, looked at whole: no sampling error
+    mean, half = _ratio(totals, weights, exact)
     against = None
     if old:
-        loss, half_loss = _ratio(totals - by_cluster(clusters, np.array([s.total for s in old])), weights)
+        loss, half_loss = _ratio(totals - by_cluster(clusters, np.array([s.total for s in old])), weights, exact)
         against = {"loss": loss, "lower": loss - half_loss, "upper": loss + half_loss}
 
     def value(x: float) -> float:
@@ -130,9 +131,11 @@ def measure(
     )
 
 
-def _ratio(totals: NDArray[Any], weights: NDArray[Any]) -> tuple[float, float]:
+def _ratio(totals: NDArray[Any], weights: NDArray[Any], exact: bool) -> tuple[float, float]:
     """Σ totals / Σ weights and the half-width of its 95 % interval, infinite for a single example."""
     ratio = float(totals.sum() / weights.sum())
+    if exact:
+        return ratio, 0.0
     n = len(totals)
     if n < 2:
         return ratio, math.inf
@@ -187,6 +190,8 @@ def evaluate(
             raise RecipeError(f"{e.name} compares two models; add --against MODEL")
         if windows and e.statistic == "betting":
             raise RecipeError(f"{e.name} asks for answers, not for windows of text; leave --windows out")
+        if windows and e.statistic == "census":
+            raise RecipeError(f"{e.name} reads a fixed set of its own; leave --windows out")
     data = consecutive_windows(source, length, windows) if windows else documents_of(source, length, documents)
     opened = open_model(model, dtype) if isinstance(model, str) else model
     reference = open_model(against, dtype) if isinstance(against, str) else against

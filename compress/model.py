@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compress.architectures import Facts
 from compress.batching import batches
 from compress.encodings import EncodedTensor
-from compress.errors import CompressError, NumericalError
+from compress.errors import CompressError, NumericalError, RecipeError
 from compress.numerics.affine import finite
 
 _NOT_CONTENT = ("_name_or_path", "transformers_version", "architectures", "dtype")  # entries that change no output
@@ -126,6 +126,17 @@ class Model:
         """Token ids of a text; nothing is added before or after, special-token texts are recognized."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Token ids of a user's message in the tokenizer's chat template; of the plain text where it has none."""
+        if not self.tokenizer.chat_template:
+            return self.encode(message)
+        chat = [{"role": "user", "content": message}]
+        try:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may fail in any way, as any program
+            raise RecipeError(f"{self.name}: its chat template cannot be rendered ({error}); repair it") from error
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens written out."""

@@ -33,6 +33,7 @@ MOST_NEEDED = 1_000_000  # documents; a check that needs more is as good as unde
 
 # Floating point operations per second of a forward pass in float32 on two cores of a server.
 FLOPS = 1.5e11
+BANDWIDTH = 1e10  # bytes of weights per second: a written token reads them all; 540 MB took 60 ms on one core
 GATE_DOCUMENTS = 200  # a clear verdict takes 50 to 200
 LIBRARY_BYTES = 600_000_000
 
@@ -40,12 +41,12 @@ SIZE_BASIS = "codes, scales and zero points of every matrix, other matrices and 
 TIME_BASIS = (
     f"an estimate: 2 operations per weight and token at {FLOPS:.1e} per second (float32, two cores); "
     "calibration counts 3 forward passes, training 4; a gate's model and reference each see "
-    f"{GATE_DOCUMENTS} documents of every source"
+    f"{GATE_DOCUMENTS} documents of every source; each token that one writes reads all weights once"
 )
 MEMORY_BASIS = (
     f"an upper estimate: libraries ({LIBRARY_BYTES / 1e6:.0f} MB), float32 weights of the model and of its "
-    "reference, logits of one window of both, two Hessians of the widest input where calibration is used, "
-    "gradients and two moments of every weight where a step trains"
+    "reference, logits of one window of both (of one, where it is long), two Hessians of the widest input where "
+    "calibration is used, gradients and two moments of every weight where a step trains"
 )
 
 
@@ -212,6 +213,18 @@ def _check_windows(recipe: Recipe, facts: Facts) -> None:
             problem = f"length={request.length} exceeds the model's context of {facts.context_length} tokens"
             place = recipe.place("data", request.role)
             raise RecipeError(f"{place}  data.{request.role}: {problem}")
+    for path, gate in _gates(recipe):
+        for c in gate:
+            if c.window > facts.context_length:
+                problem = f"windows of {c.window} tokens exceed the model's context of {facts.context_length} tokens"
+                raise _refusal(recipe, path, f"{c.name}: {problem}")
+
+
+def _gates(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], Sequence[Evaluator]]]:
+    """Every gate with its path in the recipe."""
+    yield ("release",), recipe.release
+    yield from ((("steps", i), entry.gate) for i, entry in enumerate(recipe.steps))
+    yield from ((("export", i), entry.gate) for i, entry in enumerate(recipe.export))
 
 
 def _possible(recipe: Recipe, facts: Facts) -> dict[str, dict[Encoding, str]]:
@@ -307,13 +320,16 @@ def _gate_seconds(entry: StepEntry, facts: Facts, datasets: Sequence[Documents])
     """
     looked_at = {id(d): d for c in entry.gate if c.statistic != "exact" for d in c.sources(datasets)}
     characters = sum(len(text) for d in looked_at.values() for _, text in d.documents[:GATE_DOCUMENTS])
-    return _forward_seconds(facts, 2 * characters / CHARACTERS_PER_TOKEN)
+    written = sum(c.written * len(d.documents) for c in entry.gate if c.written for d in c.sources(datasets))
+    reading = _forward_seconds(facts, 2 * characters / CHARACTERS_PER_TOKEN)
+    return reading + 2 * written * 4 * facts.parameters / BANDWIDTH
 
 
 def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
     weights = 4 * facts.parameters
     longest = max(request.length for request in requests(recipe))
-    total = LIBRARY_BYTES + 2 * weights + 2 * 4 * longest * facts.vocabulary
+    rows = max(2 * longest, *(c.window for c in (*entry.gate, *recipe.release)))  # a fixed set is read by one at a time
+    total = LIBRARY_BYTES + 2 * weights + 4 * rows * facts.vocabulary
     if any(step.uses_calibration for step in entry.attempts):
         total += 2 * 4 * max(m for _, m in facts.linears.values()) ** 2
     if any(step.recovers for step in entry.attempts):
@@ -331,13 +347,17 @@ def _powers(gate: Sequence[Evaluator], attempts: int, datasets: Sequence[Documen
 def _power(c: Evaluator, attempts: int, data: Documents | None) -> dict[str, Any]:
     """`resolves` is None where no planning value is known, or where too few documents can ever decide.
 
-    `lossless` is the number of documents with which a model without any loss passes at 80 % power.
+    `lossless` is the number of documents with which a model without any loss passes at 80 % power. A fixed
+    set has no sampling error: it resolves every loss.
     """
     found: dict[str, Any] = {"metric": c.name, "unit": c.unit, "margin": c.margin, "confidence": c.confidence}
     found |= {"source": "files", "documents": 0, "needs": 0, "resolves": 0.0, "lossless": 0}
     if data is None:
         return found
     documents = min(len(data.documents), c.max_documents or len(data.documents))
+    if c.statistic == "census":
+        shown = {"margin_shown": c.display(c.margin), "resolves_shown": c.display(0.0)}
+        return found | {"source": data.source, "documents": documents, "needs": c.minimum_examples, **shown}
     sd = PLANNING_SD.get(c.name)
     resolves = None if sd is None else minimum_detectable(c, documents, sd, attempts)
     if resolves == math.inf:

@@ -87,7 +87,7 @@ def cached_scores(
     key = score_key(check, model, data, batch)
     kept = cache.get(key)
     if kept is not None:
-        return [Score(**row) for row in kept]
+        return [Score(**{**row, "positions": tuple(row["positions"])}) for row in kept]
     scores = check.score(model, batch)
     if all(math.isfinite(s.total) for s in scores):
         cache.put(key, [{**asdict(s), "positions": list(s.positions)} for s in scores])

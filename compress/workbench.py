@@ -81,7 +81,7 @@ class Workbench:
 
     def _assay(self) -> None:
         """Plant a loss for every check of the recipe, unless the store knows what came of it."""
-        checks = {_settings(c): c for c in reversed(self.recipe.checks()) if c.statistic != "exact"}
+        checks = {_settings(c): c for c in reversed(self.recipe.checks()) if c.statistic not in ("exact", "census")}
         datasets = self.evaluation()
         facts = {"baseline": artifact.digest(self.baseline), **self.conditions(*datasets)}
         keys = {name: key_of({"assay": name, **facts}) for name in checks}
@@ -160,9 +160,9 @@ class Workbench:
             except RecipeError as error:
                 self.reporter.say(f"  layer errors are not measured: {error}")
                 return {}
-            model = self.model(folder)
+            model = artifact.load(folder, self.recipe.dtype)
             found = inspection.layer_errors(model, baseline, windows, self.progress("inspect"))
-            self.release(folder)
+            model.close()
             return {name: float(f"{x:.4g}") if math.isfinite(x) else None for name, x in found.items()}
 
         facts = {

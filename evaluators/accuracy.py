@@ -63,7 +63,7 @@ class Accuracy(Evaluator):
         "wrong); the loss is the paired difference in the fraction of wrong answers, averaged per cluster, "
         "over the groups on which the reference exceeds chance by three margins; exact at every look."
     )
-    statistic: ClassVar[Literal["mean", "betting", "exact"]] = "betting"
+    statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "betting"
     margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop"})
     planted: ClassVar[Literal["nll", "kl", "answers"] | None] = "answers"
     QUALIFYING: ClassVar[int] = 50  # clusters per group, of which the first item is looked at

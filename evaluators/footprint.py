@@ -20,7 +20,7 @@ class Footprint(Evaluator):
         "size of the files and bits per weight (scales, zero points and embeddings counted), each divided by "
         "what is allowed; the larger share decides."
     )
-    statistic: ClassVar[Literal["mean", "exact"]] = "exact"
+    statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "exact"
     margin_fields: ClassVar[frozenset[str]] = frozenset({"max_mb", "max_bits_per_weight"})
 
     max_mb: float | None = Field(None, gt=0, allow_inf_nan=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from compress.interfaces import Example, LanguageModel, Score
-from evaluators._windows import Percent, WindowEvaluator, flatten
+from evaluators._windows import Percent, WindowEvaluator, exponential, flatten
 
 
 class Perplexity(WindowEvaluator):
@@ -53,13 +53,8 @@ class Perplexity(WindowEvaluator):
         >>> Perplexity(max_increase=0.05).display(0.0315)
         '+3.2 %'
         """
-        return f"{_exp(loss) * 100 - 100:+.1f} %"
+        return f"{exponential(loss) * 100 - 100:+.1f} %"
 
     def value(self, scores: Sequence[Score]) -> float:
         """Perplexity: exp of the summed nats per scored token."""
-        return _exp(super().value(scores))
-
-
-def _exp(x: float) -> float:
-    # math.exp raises above 709.8; such a perplexity is infinite for every purpose, and not an error of ours.
-    return math.exp(x) if x < 709 else (math.inf if x == x else math.nan)
+        return exponential(super().value(scores))

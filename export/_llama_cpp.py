@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, Corrupt, RecipeError
+from export._chat import render
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,15 @@ _messages: deque[str] = deque(maxlen=8)  # llama.cpp's latest errors: the reason
 
 # What llama.cpp's CPU backend converts activations to, by the type of the weight they multiply.
 _ACTIVATIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# Special tokens by the names that chat templates know them by.
+_SPECIAL = {
+    "bos": "tokenizer.ggml.bos_token_id",
+    "eos": "tokenizer.ggml.eos_token_id",
+    "unk": "tokenizer.ggml.unknown_token_id",
+    "sep": "tokenizer.ggml.seperator_token_id",  # the format's spelling
+    "pad": "tokenizer.ggml.padding_token_id",
+}
 
 
 def find(path: Path) -> Path:
@@ -94,6 +104,26 @@ class LlamaCpp:
         if count < 0:
             raise CompressError(f"{self.path}: llama.cpp could not tokenize {len(data)} bytes (code {count})")
         return list(ids[:count])
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Token ids of a user's message in the file's own chat template; of the plain text where it has none."""
+        template = self._metadata("tokenizer.chat_template")
+        if not template:
+            return self.encode(message)
+        declared = {f"{kind}_token": self._metadata(key) for kind, key in _SPECIAL.items()}
+        texts = {kind: self.decode([int(token)]) for kind, token in declared.items() if token}
+        return self.encode(render(template, message, texts, self.path))
+
+    def _metadata(self, key: str) -> str:
+        """A value of the file's header as text; empty where it is absent."""
+        model, size = self._handles["model"], 1024
+        for _ in range(2):  # a buffer that is too small is answered with the length that fits
+            buffer = ctypes.create_string_buffer(size)
+            length = self._library.llama_model_meta_val_str(model, key.encode(), buffer, size)
+            if length < size:
+                break
+            size = length + 1
+        return buffer.value.decode(errors="replace")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids by llama.cpp's vocabulary, special tokens written out."""

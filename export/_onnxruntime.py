@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compress.batching import batches
 from compress.errors import Corrupt, RecipeError
 from export import _onnx_file
+from export._chat import render
 from export._onnx_packing import INT8_ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
 TOKENS_PER_RUN = 512  # bounds the logits held at a time: 100 MB at 49,152 tokens of vocabulary
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 TOKENS_PER_CHUNK = 256  # of a prompt that is read into the cache
 
 
@@ -62,6 +65,7 @@ class OnnxModel:
 
         self._shapes = Shapes.read(folder / CONFIG)
         self._tokenizer = _tokenizer(folder / TOKENIZER)
+        self._folder = folder
         graph = _onnx_file.load(folder)
         self._session = _session(folder / _onnx_file.GRAPH)
         self.vocabulary_size = self._shapes.vocabulary
@@ -75,6 +79,11 @@ class OnnxModel:
         """Token ids of a text; nothing is added before or after."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Token ids of a user's message in the folder's own chat template; of the plain text where it has none."""
+        template, special_tokens = _chat(self._folder)
+        return self.encode(render(template, message, special_tokens, self._folder) if template else message)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens written out."""
@@ -220,6 +229,22 @@ def _tokenizer(path: Path) -> Any:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise Corrupt(f"{path} cannot be read: {error}") from error
+
+
+def _chat(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """The folder's chat template, and the texts of the special tokens that a template may name; raises Corrupt."""
+    path = folder / TOKENIZER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in config.items()}
+        template = folder / TEMPLATE
+        found = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
+        if isinstance(found, list):  # several templates by name
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise Corrupt(f"{path} cannot be read: {error!r}") from error
+    special = {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+    return found, special
 
 
 def folder_digest(folder: Path) -> str:

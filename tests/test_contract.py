@@ -20,6 +20,8 @@ FIELDS = {
     "perplexity": {"max_increase": "5%"},
     "divergence": {"max_mean": 0.1},
     "footprint": {"max_mb": 80},
+    "generation": {"max_collapsed": "10%"},
+    "long_context": {"max_increase": "15%"},
 }
 ALL = [(kind, name) for kind in ("step", "evaluator", "exporter") for name in plugin.names(kind)]
 

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pydantic import ValidationError
 
-from compress.decisions import Rule, combine, compare, decide, interval, minimum_detectable
+from compress.decisions import Rule, combine, compare, decide, decide_by_census, interval, minimum_detectable
 from compress.errors import RecipeError
 from compress.gate import CheckResult, Gate, GateResult, Sizes
 from compress.interfaces import Documents, Sample
 from compress.numerics.sequences import detectable, mixture_variance, width
-from compress.scoring import Memo, batches, score_key
+from compress.scoring import Memo, batches, cached_scores, score_key
 from evaluators.divergence import Divergence
 from evaluators.footprint import Footprint
+from evaluators.long_context import LongContext
 from evaluators.perplexity import Perplexity
 from tests.tiny import documents, perturbed, tiny_model
 
@@ -176,6 +177,26 @@ def test_properties_of_a_decision(per_token, seed, margin):
     assert stricter.upper > found.upper and stricter.lower < found.lower
 
 
+@pytest.mark.parametrize(("loss", "verdict"), [(-0.1, "PASS"), (MARGIN, "PASS"), (MARGIN + 1e-9, "FAIL")])
+def test_a_census_knows_its_loss(loss, verdict):
+    weights = np.array([1.0, 3.0])
+    rule = replace(RULE, minimum=2)
+    found = decide_by_census(loss * weights, weights, rule, identical=False)
+    assert found.verdict == verdict or loss == MARGIN  # which a sum of products may miss by a bit
+    assert found.loss == found.lower == found.upper == pytest.approx(loss)
+    part = decide_by_census(loss * weights[:1], weights[:1], rule, identical=False)
+    assert part.verdict == "INCONCLUSIVE" and math.isnan(part.upper)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_census_of_numbers_that_are_not_finite_is_invalid(bad):
+    ones, spoilt = np.ones(3), np.array([0.0, bad, 0.0])
+    rule = replace(RULE, minimum=3)
+    assert decide_by_census(spoilt, ones, rule, identical=True).verdict == "INVALID"
+    assert decide_by_census(np.zeros(3), spoilt, rule, identical=True).verdict == "INVALID"
+    assert decide_by_census(np.zeros(3), np.zeros(3), rule, identical=True).verdict == "INVALID"
+
+
 # --- error rates under sequential looks --------------------------------------------------------------------
 
 RUNS, DOCUMENTS = 4000, 400
@@ -248,6 +269,7 @@ def test_minimum_detectable_is_in_the_units_of_the_gate():
     assert minimum_detectable(check, 50, 0.1) < math.inf
     assert minimum_detectable(check, 49, 0.1) == math.inf
     assert minimum_detectable(Footprint(max_mb=80), 1, 0.1) == 0
+    assert minimum_detectable(LongContext(max_increase="15%"), 1, 0.1) == 0
 
 
 # --- gates over models -------------------------------------------------------------------------------------
@@ -283,7 +305,8 @@ def test_a_near_model_passes_and_stops_early(baseline, near):
     assert perplexity.upper <= perplexity.margin == pytest.approx(MARGIN)
     assert divergence.reference == 0 and divergence.value == pytest.approx(divergence.loss)
     assert math.log(perplexity.value / perplexity.reference) == pytest.approx(perplexity.loss, abs=1e-12)
-    assert set(divergence.details) == {"js", "top1", "p50", "p90", "p99", "p999"} and 0.9 < divergence.details["top1"] <= 1
+    assert set(divergence.details) == {"js", "top1", "p50", "p90", "p99", "p999"}
+    assert 0.9 < divergence.details["top1"] <= 1
     assert perplexity.definition == PERPLEXITY.definition
 
 
@@ -460,6 +483,61 @@ def test_exact_checks_take_no_share_of_the_error(baseline, near):
     assert beside.checks[1] == alone.checks[0]
 
 
+class Whole(Perplexity):
+    """Perplexity on a fixed set."""
+
+    statistic = "census"
+
+    def doubt(self, scores, reference):
+        return "" if scores[0].id == "words-0" else "it starts elsewhere"
+
+
+WHOLE = Whole(max_increase="5%")
+
+
+def test_a_census_reads_every_document_and_claims_no_error(baseline, near, far):
+    data = documents(60)
+    for model, verdict in ((near, "PASS"), (far, "FAIL")):
+        found = gate(WHOLE).evaluate(model, baseline, [data], attempts=3).checks[0]
+        assert (found.verdict, found.examples) == (verdict, 60)
+        assert found.lower == found.upper == found.loss == pytest.approx(math.log(found.value / found.reference))
+
+
+def test_a_census_of_which_a_part_is_missing_is_invalid(baseline, near):
+    data = documents(60)
+    blank = replace(data, documents=[*data.documents[:-1], ("blank", "x")])
+    found = gate(WHOLE).evaluate(near, baseline, [blank]).checks[0]
+    assert found.verdict == "INVALID" and "59 examples, and at least 60 are needed" in found.definition
+    few = gate(WHOLE).evaluate(near, baseline, [documents(49)]).checks[0]
+    assert few.verdict == "INVALID" and "49 examples, and at least 50 are needed" in few.definition
+
+
+def test_a_loss_within_the_margin_passes_only_without_doubt(baseline, near, far):
+    data = documents(60)
+    elsewhere = replace(data, documents=data.documents[::-1])
+    found = gate(WHOLE).evaluate(near, baseline, [elsewhere]).checks[0]
+    assert found.verdict == "INVALID" and "it starts elsewhere" in found.definition
+    assert gate(WHOLE).evaluate(far, baseline, [elsewhere]).verdict == "FAIL"
+
+
+def test_a_census_takes_no_share_of_the_error(baseline, near):
+    data, long = [documents(64)], LongContext(max_increase="15%", length=64)
+    alone = gate(PERPLEXITY).evaluate(near, baseline, data)
+    beside = gate(PERPLEXITY, long, WHOLE).evaluate(near, baseline, data)
+    assert [c.metric for c in beside.checks] == ["perplexity", "long_context", "perplexity"]
+    assert beside.verdict == "PASS" and beside.checks[0] == alone.checks[0]
+
+
+def test_a_census_from_the_cache_is_as_suspicious_as_without(baseline):
+    store, twin = Store(), tiny_model()
+    with torch.no_grad():  # a token that never occurs
+        twin.parameter("model.embed_tokens.weight")[255] += 1
+    twin.touch()
+    first, again = (gate(WHOLE).evaluate(twin, baseline, [documents(60)], cache=store) for _ in range(2))
+    assert store.hits and again == first
+    assert first.verdict == "INVALID" and "scores of both models are equal" in first.checks[0].definition
+
+
 def test_results_have_the_keys_of_a_check():
     keys = "metric unit source against reference value loss lower upper margin confidence examples tokens"
     assert set(CheckResult.model_fields) == {*keys.split(), "verdict", "definition", "details", "samples"}
@@ -534,6 +612,14 @@ def test_reference_scores_come_from_the_cache_and_change_nothing(baseline, near,
     assert again == first and looser.verdict == "PASS"
     assert not rows and store.hits == 8 and len(store) == 4
     assert gate(PERPLEXITY).evaluate(far, baseline, data, cache=store).verdict == "FAIL"
+
+
+def test_a_score_from_the_cache_equals_the_one_that_was_put(baseline):
+    store, data = Store(), documents(3)
+    batch = PERPLEXITY.examples(data, baseline.encode)
+    fresh = cached_scores(PERPLEXITY, baseline, data, batch, store)
+    assert len(store) == 1 and cached_scores(PERPLEXITY, baseline, data, batch, store) == fresh
+    assert store.hits == 1
 
 
 def test_scores_that_are_not_finite_are_not_kept(baseline, near):

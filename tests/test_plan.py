@@ -9,6 +9,7 @@ import pytest
 
 from compress import plan
 from compress.architectures import Facts
+from compress.cli import _plan_lines
 from compress.decisions import minimum_detectable
 from compress.errors import RecipeError
 from compress.recipe import Recipe, load
@@ -259,6 +260,37 @@ def test_exact_checks_resolve_everything() -> None:
     head = HEAD.replace("release: [", "release: [{footprint: {max_mb: 90}}, ")
     release = described("  - quantize.rtn: {}\n", head=head)["release"]
     assert (release[0]["source"], release[0]["resolves"]) == ("files", 0.0)
+
+
+FIXED = "{generation: {max_collapsed: 10%, prompts: 8}}, {long_context: {max_increase: 15%}}"
+
+
+def test_fixed_sets_resolve_everything_and_are_printed_as_such() -> None:
+    found = described("  - quantize.rtn: {}\n", head=HEAD.replace("release: [", f"release: [{FIXED}, "))
+    generation, long = found["release"][:2]
+    assert (generation["source"], generation["documents"], generation["resolves"]) == ("built-in prompts", 8, 0.0)
+    assert (long["source"], long["documents"], long["resolves"]) == ("pydoc", 1, 0.0)
+    assert not any("generation" in w or "long_context" in w for w in found["warnings"])
+    lines = _plan_lines(found)
+    told = "decided on a fixed set, without sampling error"
+    assert f"  generation on built-in prompts: margin +10.00 points, {told}" in lines
+    assert f"  long_context on pydoc: margin +15.0 %, {told}" in lines
+
+
+def test_a_gate_that_generates_takes_longer_and_a_long_window_more_memory() -> None:
+    plain = described("  - quantize.rtn: {}\n")["steps"][0]
+    fixed = described("  - quantize.rtn: {}\n", head=HEAD.replace("\ngate: [", f"\ngate: [{FIXED}, "))["steps"][0]
+    writing = 2 * 8 * 48 * 4 * SMOL.parameters / plan.BANDWIDTH
+    assert fixed["gate_seconds_estimate"] > plain["gate_seconds_estimate"] + writing > writing > 10
+    assert fixed["memory_bytes_estimate"] - plain["memory_bytes_estimate"] == 4 * (2048 - 2 * 512) * SMOL.vocabulary
+
+
+@pytest.mark.parametrize("where", ["release: [", "\ngate: ["])
+def test_a_window_beyond_the_context_is_refused(where: str) -> None:
+    head = HEAD.replace(where, f"{where}{{long_context: {{max_increase: 15%, length: 8193}}}}, ")
+    message = refusal(recipe("  - quantize.rtn: {}\n", head))
+    assert "long_context: windows of 8193 tokens exceed the model's context of 8192 tokens" in message
+    assert message.startswith("recipe.yaml:") and ("release" in message) == (where == "release: [")
 
 
 def test_the_plan_reads_no_weights_and_needs_no_torch() -> None:

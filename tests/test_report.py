@@ -418,6 +418,32 @@ def test_passed_run_claims_the_worst_bound_of_what_ships() -> None:
     assert "compressed from 538.1 MB to 92.7 MB as gguf and 97.2 MB as onnx" in summary_lines(run)[-5]
 
 
+def fixed_set(metric: str, source: str, loss: float, margin: float, verdict: str, n: int) -> Record:
+    facts = {"unit": "fraction", "reference": 0.125, "value": 0.125 + loss, "tokens": n, "confidence": 1.0}
+    return {**make_check("divergence", source, loss, 0.0, margin, verdict, n), "metric": metric, **facts}
+
+
+def test_a_loss_on_a_fixed_set_is_exact_and_signed() -> None:
+    run = passed_run()
+    long = {**make_check("perplexity", "pydoc", math.log(1.021), 0.0, math.log(1.15), "PASS", 1), "confidence": 1.0}
+    run["release"]["checks"] += [
+        fixed_set("generation", "built-in prompts", 0.0625, 0.1, "PASS", 16),
+        {**long, "metric": "long_context", "tokens": 1024},
+    ]
+    lines = "\n".join(summary_lines(run))
+    generation = (
+        "collapsed generations +6.25 pp (margin 10 pp; exact on a fixed set of 16 examples of built-in prompts)"
+    )
+    assert generation in lines
+    long_text = "exact on a fixed set of 1 window, 1,024 tokens of pydoc)"
+    assert f"perplexity in long contexts +2.10 % (margin 15 %; {long_text}" in lines
+    markdown, page = render_markdown(run), render_html(run)
+    assert "| 0.1250 | 0.1875 | +6.25 pp | fixed set | 10 pp | exact | 16 | 16 | PASS |" in markdown
+    assert "collapsed generations" in page and "100 % confidence" not in page + markdown + lines
+    run["release"]["checks"] = [fixed_set("generation", "built-in prompts", -0.0625, 0.1, "PASS", 16)]
+    assert "PASS          generation -6.25 pp, margin 10 pp" in "\n".join(summary_lines(run))
+
+
 def test_what_was_not_measured_is_never_a_number() -> None:
     run = invalid_run()
     text = "".join(Structure(render_html(run)).text)

@@ -130,7 +130,7 @@ def _upright(at: float, kind: str) -> Markup:
 
 
 def _bar(axis: Axis, check: Check) -> list[Markup]:
-    if check.exact or (check.lower is None and check.upper is None):
+    if check.exact or check.fixed or (check.lower is None and check.upper is None):
         return []
     lower = axis.low if check.lower is None else check.lower
     upper = axis.high if check.upper is None else check.upper

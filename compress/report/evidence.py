@@ -34,7 +34,7 @@ def _metric_block(report: Report, metric: str) -> Markup:
         charts.axis_header(axis, signed=not exact),
     ]
     head: list[Child] = ["Gate", "Source", plotted, "Measured", "Bounds", "Margin", *sample, "Verdict"]
-    levels = sorted({figures.percent(c.confidence) for _, c in pairs if not c.exact})
+    levels = sorted({figures.percent(c.confidence) for _, c in pairs if not (c.exact or c.fixed)})
     label = prose.capital(report.definitions.get(metric, "").rstrip("."))
     if levels:
         label = f"{label}. Bounds at {figures.listed(levels)} confidence.".removeprefix(". ")

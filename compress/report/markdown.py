@@ -123,7 +123,7 @@ def _check(stage: Stage, check: Check) -> list[str]:
         check.measure.text(check.loss, signed=not check.exact),
         check.bounds(),
         check.measure.limit(check.margin),
-        "exact" if check.exact else figures.percent(check.confidence),
+        "exact" if check.exact or check.fixed else figures.percent(check.confidence),
         figures.count(check.examples),
         figures.count(check.tokens),
         check.verdict + (f": {check.reason}" if check.reason else ""),

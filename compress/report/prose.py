@@ -11,7 +11,8 @@ HOW_TO_READ = (
     "Every check scores the compressed model and its reference on the same examples, taken in a seeded "
     "random order, and bounds the mean loss from below and from above at the stated confidence; the bounds "
     "of sampled checks are asymptotic (exact for accuracy) and stay valid although the gate may stop as soon "
-    "as the evidence is clear, and where a step has alternatives, the allowed error is divided among them beforehand.",
+    "as the evidence is clear, and where a step has alternatives, the allowed error is divided among them beforehand. "
+    "A fixed set is read whole: its loss is known without error, and nothing is claimed beyond the set.",
     "PASS: even the upper bound is within the margin. FAIL: even the lower bound is beyond it. "
     "INCONCLUSIVE: the margin lies between the two, so the data proved neither. INVALID: the check itself "
     "could not be trusted, so nothing is claimed.",
@@ -22,7 +23,13 @@ STATUS_WORDS = {
     "inconclusive": "Inconclusive",
     "error": "Error",
 }
-_NAMES = {"perplexity": "perplexity", "divergence": "mean divergence", "accuracy": "accuracy"}
+_NAMES = {
+    "perplexity": "perplexity",
+    "divergence": "mean divergence",
+    "accuracy": "accuracy",
+    "generation": "collapsed generations",
+    "long_context": "perplexity in long contexts",
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ def sentence(check: Check) -> str:
         return f"{name}: no valid measurement ({why}; {margin})"
     if check.exact:
         return f"{name} {measure.text(check.loss, signed=False)} ({margin}; exact)"
+    if check.fixed:
+        return f"{name} {measure.text(check.loss)} ({margin}; exact on a fixed set of {evidence(check)})"
     basis = f"at {figures.percent(check.confidence)} confidence over {evidence(check)}"
     estimate = f"{name} {measure.text(check.loss)}"
     if check.verdict == "FAIL":
@@ -132,7 +141,7 @@ def sentence(check: Check) -> str:
 def evidence(check: Check) -> str:
     """The sample behind a check: "83 documents, 9,204 tokens of wiki"."""
     parts = [figures.count(check.examples, check.noun)]
-    if check.tokens is not None:
+    if check.tokens is not None and check.tokens != check.examples:  # an answer counts as one
         parts.append(figures.count(check.tokens, "tokens"))
     return ", ".join(parts) + (f" of {check.source}" if check.source else "")
 

@@ -50,6 +50,6 @@ def _deciding(stage: Stage, report: Report) -> list[Check]:
 def _check(check: Check) -> str:
     measure = check.measure
     loss = f"{check.metric} {measure.text(check.loss, signed=not check.exact)}"
-    bounds = "" if check.exact or check.loss is None else f" [{check.bounds(unit=False)}]"
+    bounds = "" if check.exact or check.fixed or check.loss is None else f" [{check.bounds(unit=False)}]"
     reason = f" ({check.reason})" if check.reason else ""
     return f"{loss}{bounds}, margin {measure.limit(check.margin)}{reason}"

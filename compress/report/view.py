@@ -55,17 +55,26 @@ class Check:
     @property
     def exact(self) -> bool:
         """A deterministic quantity: there is no sample and no interval."""
-        return self.loss is not None and self.lower == self.upper == self.loss
+        return self.loss is not None and self.lower == self.upper == self.loss and not self.fixed
+
+    @property
+    def fixed(self) -> bool:
+        """A loss on a fixed set, read whole: it is known without sampling error."""
+        return self.confidence == 1 and self.against in {"baseline", "parent"}
 
     @property
     def noun(self) -> str:
         """What the examples are."""
+        if self.metric == "long_context":
+            return "windows"
         return "documents" if self.metric in {"perplexity", "divergence"} else "examples"
 
     def bounds(self, unit: bool = True) -> str:
         """The confidence bounds, rounded outward."""
         if self.exact:
             return "exact"
+        if self.fixed and self.loss is not None:
+            return "fixed set"
         if self.lower is None and self.upper is None:
             return figures.NOTHING
         digits = self.measure.digits
