@@ -13,6 +13,7 @@ from tests.tiny import tiny_model
 FIELDS = {
     "distill.logits": {"tokens": 128, "selection_tokens": 64, "batch": 1, "checks": 1},
     "prune.magnitude": {"sparsity": 0.3},
+    "prune.sparsegpt": {"sparsity": 0.3},
     "prune.wanda": {"sparsity": 0.3},
     "quantize.rtn": {"group_size": 16},
     "quantize.gptq": {"group_size": 16},
