@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
-from math import floor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from compress.numerics.counts import pruned_count
+
 Target = float | tuple[int, int]
 """What a matrix is to lose: a fraction of its weights, or all but N of every M consecutive input channels."""
-
-
-def pruned_count(sparsity: float, n: int) -> int:
-    """Number of zeros among n weights: sparsity · n rounded down, with sparsity read as the decimal written.
-
-    >>> pruned_count(0.29, 100), pruned_count(0.5, 3)  # in binary 0.29 * 100 is 28.999999999999996
-    (29, 1)
-    """
-    return floor(Fraction(repr(float(sparsity))) * n)
 
 
 def keep_highest(scores: Tensor, sparsity: float, kept: Tensor | None = None) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.numerics.counts import pruned_count
 from compress.numerics.hessian import damped_inverse_cholesky
-from compress.numerics.masks import Target, keep_n_of_m, pruned_count
+from compress.numerics.masks import Target, keep_n_of_m
 from compress.numerics.sweep import COLUMNS_AT_ONCE, runs, sweep
 
 

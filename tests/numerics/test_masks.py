@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.numerics.masks import keep_highest, keep_highest_of_all, keep_n_of_m, pruned_count, wanda_scores
+from compress.numerics.counts import pruned_count
+from compress.numerics.masks import keep_highest, keep_highest_of_all, keep_n_of_m, wanda_scores
 
 SPARSITIES = st.integers(0, 99).map(lambda percent: percent / 100)
 

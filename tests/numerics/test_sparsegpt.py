@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import NumericalError
-from compress.numerics.masks import keep, pruned_count, wanda_scores
+from compress.numerics.counts import pruned_count
+from compress.numerics.masks import keep, wanda_scores
 from compress.numerics.sparsegpt import sparsify
 
 TARGETS = [0.5, 0.3, (2, 4), (4, 8)]

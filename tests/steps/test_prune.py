@@ -11,7 +11,7 @@ from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.model import Model
-from compress.numerics.masks import pruned_count
+from compress.numerics.counts import pruned_count
 from compress.plugin import step
 from tests.tiny import tiny_model
 
