@@ -68,6 +68,11 @@ class Model:
         self.encoded[name] = encoded
         self.touch()
 
+    def reshaped(self) -> None:
+        """Read the facts from the config again: shapes have changed."""
+        self.facts = Facts.from_config(self.module.config.to_dict())
+        self.touch()
+
     def touch(self) -> None:
         """Forget the digest: weights have changed."""
         self._digest = None

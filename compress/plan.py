@@ -75,14 +75,16 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
 
     Every attempt is judged, since any of them may be the one that ships.
     """
+    shapes = _shapes(recipe, facts)
     for i, entry in enumerate(recipe.steps):
         for path, step in _attempts(entry, i):
-            _check_step(recipe, facts, path, step)
+            for before in shapes[i]:
+                _check_step(recipe, before, path, step)
             _check_order(recipe, i, path, step)
         _check_margins(recipe, i, entry)
     _check_windows(recipe, facts)
-    _check_rounded_once(recipe, facts)
-    _check_exports(recipe, facts)
+    _check_rounded_once(recipe, shapes)
+    _check_exports(recipe, shapes)
     return [*_loosened(recipe), *_ungated(recipe)]
 
 
@@ -96,10 +98,12 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     texts, datasets = _texts(parts), _datasets(parts)
     stored = {name: Encoding("fp32") for name in facts.matrices}
     baseline, steps = _size(facts, stored), []
+    now = facts
     for i, entry in enumerate(recipe.steps):
-        steps.append(_describe_step(recipe, facts, entry, stored, texts, datasets))
+        steps.append(_describe_step(recipe, now, entry, stored, texts, datasets))
         warnings += _power_warnings(f"steps[{i}] {entry.step.name}", steps[-1]["checks"])
-        stored |= entry.step.encodings(facts)
+        stored |= entry.step.encodings(now)
+        now = entry.step.facts_after(now)
     release = _powers(recipe.release, 1, datasets)
     return {
         "recipe": recipe.name,
@@ -122,7 +126,7 @@ def _describe_step(
     texts: Sequence[Text],
     datasets: Sequence[Documents],
 ) -> dict[str, Any]:
-    sizes = [_size(facts, {**stored, **step.encodings(facts)}) for step in entry.attempts]
+    sizes = [_size(step.facts_after(facts), {**stored, **step.encodings(facts)}) for step in entry.attempts]
     return {
         "name": entry.step.name,
         "params": entry.step.model_dump(mode="json"),
@@ -141,6 +145,24 @@ def _attempts(entry: StepEntry, i: int) -> Iterator[tuple[tuple[str | int, ...],
     yield ("steps", i, entry.step.name), entry.step
     for j, step in enumerate(entry.otherwise):
         yield ("steps", i, "otherwise", j, step.name), step
+
+
+def _shapes(recipe: Recipe, facts: Facts) -> list[list[Facts]]:
+    """Before each step, and after the last, the facts that the model may have by then: any attempt may be accepted."""
+    found = [[facts]]
+    for entry in recipe.steps:
+        after: list[Facts] = []
+        for before in found[-1]:
+            for step in entry.attempts:
+                left = step.facts_after(before)
+                after += [left] if left not in after else []
+        found.append(after)
+    return found
+
+
+def _encodings(step: Step, shapes: Sequence[Facts]) -> dict[str, Encoding]:
+    """What the step stores on a model of any of these facts."""
+    return {name: encoding for facts in shapes for name, encoding in step.encodings(facts).items()}
 
 
 def _title(path: Sequence[str | int]) -> str:
@@ -163,8 +185,13 @@ def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step:
 
 
 def _check_order(recipe: Recipe, i: int, path: tuple[str | int, ...], step: Step) -> None:
-    """Codes are final: nothing may train, prune or round them again."""
+    """Codes are final: nothing may train, prune or round them again. Masks and codes fix the shapes."""
     for k, earlier in enumerate(recipe.steps[:i]):
+        holding = next((attempt for attempt in earlier.attempts if attempt.packs or attempt.masks), None)
+        if step.reshapes and holding is not None:
+            held = "stored the weights in an encoding" if holding.packs else "pruned single weights"
+            message = f"changes shapes after steps[{k}] {holding.name} has {held}; move it before steps[{k}]"
+            raise _refusal(recipe, path, message)
         packing = next((attempt for attempt in earlier.attempts if attempt.packs), None)
         if packing is None:
             continue
@@ -176,18 +203,18 @@ def _check_order(recipe: Recipe, i: int, path: tuple[str | int, ...], step: Step
             raise _refusal(recipe, path, f"prunes after {before}; move it before steps[{k}]")
 
 
-def _check_rounded_once(recipe: Recipe, facts: Facts) -> None:
+def _check_rounded_once(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
     """Tensors in integer codes cannot be rounded again."""
     coded: dict[str, int] = {}
     for i, entry in enumerate(recipe.steps):
         for path, step in _attempts(entry, i):
-            twice = [name for name in step.encodings(facts) if name in coded]
+            twice = [name for name in _encodings(step, shapes[i]) if name in coded]
             if twice:
                 first = f"stored as integer codes by steps[{coded[twice[0]]}] already"
                 remedy = "leave them to one step (keep: fp32, embeddings: null)"
                 raise _refusal(recipe, path, f"{twice[0]} and {len(twice) - 1} more are {first}; {remedy}")
         for step in entry.attempts:
-            coded |= {name: i for name, e in step.encodings(facts).items() if e.is_affine}
+            coded |= {name: i for name, e in _encodings(step, shapes[i]).items() if e.is_affine}
 
 
 def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
@@ -227,25 +254,26 @@ def _gates(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], Sequence[Eva
     yield from ((("export", i), entry.gate) for i, entry in enumerate(recipe.export))
 
 
-def _possible(recipe: Recipe, facts: Facts) -> dict[str, dict[Encoding, str]]:
+def _possible(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> dict[str, dict[Encoding, str]]:
     """Tensor name → every encoding that it may end in, with the attempt that would store it."""
-    found = {name: {Encoding("fp32"): "no step"} for name in facts.matrices}
+    found = {name: {Encoding("fp32"): "no step"} for facts in shapes[0] for name in facts.matrices}
     for i, entry in enumerate(recipe.steps):
         after: dict[str, dict[Encoding, str]] = {name: {} for name in found}
         for path, step in _attempts(entry, i):
-            stored = step.encodings(facts)
+            stored = _encodings(step, shapes[i])
             for name, before in found.items():
                 after[name].update({stored[name]: _title(path)} if name in stored else before)
         found = after
-    return found
+    return {name: found[name] for facts in shapes[-1] for name in facts.matrices}
 
 
-def _check_exports(recipe: Recipe, facts: Facts) -> None:
-    possible = _possible(recipe, facts)
+def _check_exports(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
+    possible = _possible(recipe, shapes)
     for i, entry in enumerate(recipe.export):
         path = ("export", i, entry.exporter.name)
         try:
-            entry.exporter.check(facts)
+            for facts in shapes[-1]:
+                entry.exporter.check(facts)
         except RecipeError as error:
             raise _refusal(recipe, path, str(error)) from None
         for name, encodings in possible.items():

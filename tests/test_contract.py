@@ -12,7 +12,10 @@ from tests.tiny import tiny_model
 # The smallest valid fields of plug-ins whose fields are not all optional, at the size of the tiny model.
 FIELDS = {
     "distill.logits": {"tokens": 128, "selection_tokens": 64, "batch": 1, "checks": 1},
+    "prune.layers": {"count": 1},
     "prune.magnitude": {"sparsity": 0.3},
+    "prune.neurons": {"fraction": 0.5},
+    "prune.sparsegpt": {"sparsity": 0.3},
     "prune.wanda": {"sparsity": 0.3},
     "quantize.rtn": {"group_size": 16},
     "quantize.gptq": {"group_size": 16},

@@ -103,6 +103,46 @@ def test_nothing_trains_or_prunes_codes(late: str, verb: str, packing: str) -> N
     assert plan.check(recipe(f"  - {late}\n  - {packing}\n"), SMOL) == []
 
 
+NARROW, SHORT = "  - prune.neurons: {fraction: 0.25}\n", "  - prune.layers: {count: 3}\n"
+
+
+@pytest.mark.parametrize("reshaping", [NARROW, SHORT])
+@pytest.mark.parametrize(
+    ("earlier", "held"),
+    [("quantize.cast: {}", "stored the weights in an encoding"), ("prune.wanda: {sparsity: 0.2}", "pruned single")],
+)
+def test_masks_and_codes_fix_the_shapes(reshaping: str, earlier: str, held: str) -> None:
+    message = refusal(recipe(f"  - {earlier}\n{reshaping}"))
+    name = earlier.split(":")[0]
+    assert message.startswith(
+        f"recipe.yaml:10:5  steps[1] {reshaping[4:].split(':')[0]}: changes shapes after steps[0]"
+    )
+    assert f"{name} has {held}" in message and message.endswith("move it before steps[0]")
+    assert plan.check(recipe(f"{reshaping}  - {earlier}\n"), SMOL) == []
+
+
+def test_later_steps_are_judged_on_the_shapes_that_any_attempt_before_may_leave() -> None:
+    keep = '  - quantize.rtn: {group_size: 48, keep: {"*.29.*": int8}}\n'  # 48 divides 576 and 1,536
+    assert plan.check(recipe(keep), SMOL) == []
+    odd = "  - prune.neurons: {fraction: 0.2, round_to: 8}\n"  # 1,232 channels
+    message = refusal(recipe(odd + keep))
+    assert message.startswith("recipe.yaml:10:5  steps[1] quantize.rtn: model.layers.0.mlp.down_proj: 1232 input")
+    alternative = "  - prune.neurons: {fraction: 0.25}\n    otherwise:\n    " + odd.strip() + "\n"
+    assert "down_proj: 1232 input" in refusal(recipe(alternative.replace("    - p", "      - p") + keep))
+    message = refusal(recipe(SHORT + keep))
+    assert message.startswith("recipe.yaml:10:5  steps[1] quantize.rtn: keep: '*.29.*' matches no linear")
+    assert plan.check(recipe(SHORT + keep.replace("29", "26")), SMOL) == []
+
+
+def test_an_exporter_is_asked_about_the_tensors_that_remain() -> None:
+    last = '  - quantize.rtn: {encoding: fp, keep: {"*.29.*": int3}}\n'.replace("fp", "int8")
+    export = "export:\n  - gguf: {}\n"
+    assert "model.layers.29.self_attn.q_proj.weight: GGUF has no block" in refusal(recipe(last, export=export))
+    two = '  - quantize.rtn: {encoding: int8}\n    otherwise:\n      - quantize.rtn: {keep: {"*.26.*": int3}}\n'
+    assert "(stored by steps[1] otherwise[0]" in refusal(recipe(SHORT + two, export=export))
+    assert plan.check(recipe(SHORT + "  - quantize.rtn: {encoding: int8}\n", export=export), SMOL) == []
+
+
 def test_codes_are_not_rounded_again() -> None:
     message = refusal(recipe("  - quantize.gptq: {}\n  - quantize.rtn: {}\n"))
     assert message.startswith("recipe.yaml:10:5  steps[1] quantize.rtn: model.layers.0.self_attn.q_proj.weight and 210")
@@ -189,6 +229,18 @@ def test_sizes_follow_the_steps_and_every_alternative() -> None:
     assert [alternative["name"] for alternative in second["otherwise"]] == ["quantize.gptq", "quantize.cast"]
     bits = [second["bits_per_weight"], *(a["bits_per_weight"] for a in second["otherwise"])]
     assert bits == pytest.approx([4.5 + 4 * 49152 * 576 / 134_479_872, 8.5, 16], rel=2e-3)
+
+
+def test_sizes_follow_the_shapes() -> None:
+    found = described(
+        "  - prune.neurons: {fraction: 0.25}\n    otherwise:\n      - prune.layers: {count: 3}\n"
+        "  - quantize.rtn: {encoding: int8, embeddings: null}\n"
+    )
+    attention, mlp, norms, embedding = 2 * 576 * 576 + 2 * 192 * 576, 3 * 576 * 1536, 2 * 576, 49152 * 576 + 576
+    narrow, coded = found["steps"]
+    assert narrow["size_bytes"] == 4 * (30 * (attention + 0.75 * mlp + norms) + embedding)
+    assert narrow["otherwise"][0]["size_bytes"] == 4 * (27 * (attention + mlp + norms) + embedding)
+    assert coded["size_bytes"] == (30 * (8.5 * (attention + 0.75 * mlp) + 32 * norms) + 32 * embedding) / 8
 
 
 def test_estimates_grow_with_the_tokens_that_a_step_reads() -> None:

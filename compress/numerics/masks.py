@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
-from math import floor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from compress.numerics.counts import pruned_count
 
-def pruned_count(sparsity: float, n: int) -> int:
-    """Number of zeros among n weights: sparsity · n rounded down, with sparsity read as the decimal written.
-
-    >>> pruned_count(0.29, 100), pruned_count(0.5, 3)  # in binary 0.29 * 100 is 28.999999999999996
-    (29, 1)
-    """
-    return floor(Fraction(repr(float(sparsity))) * n)
+Target = float | tuple[int, int]
+"""What a matrix is to lose: a fraction of its weights, or all but N of every M consecutive input channels."""
 
 
 def keep_highest(scores: Tensor, sparsity: float, kept: Tensor | None = None) -> Tensor:
@@ -27,9 +21,13 @@ def keep_highest(scores: Tensor, sparsity: float, kept: Tensor | None = None) ->
     towards the sparsity, so a row loses more than the count only where it had lost more already.
     Among equal scores the lower column is dropped first.
     """
+    return _drop_lowest(scores, pruned_count(sparsity, scores.shape[1]), kept)
+
+
+def _drop_lowest(scores: Tensor, count: int, kept: Tensor | None) -> Tensor:
+    """`keep_highest` with the number of weights that each row loses."""
     if kept is not None:
         scores = scores.masked_fill(~kept, -torch.inf)
-    count = pruned_count(sparsity, scores.shape[1])
     if count == 0:
         return torch.ones_like(scores, dtype=torch.bool) if kept is None else kept.clone()
     threshold = _order_statistic(scores, count - 1)
@@ -40,6 +38,24 @@ def keep_highest(scores: Tensor, sparsity: float, kept: Tensor | None = None) ->
     chosen = torch.arange(len(row)) - first[row] < missing[row]
     dropped[row[chosen], column[chosen]] = True
     return ~dropped if kept is None else ~dropped & kept
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int, kept: Tensor | None = None) -> Tensor:
+    """Mask (rows, columns), True = kept, with the n highest of every m consecutive scores of a row.
+
+    scores: (rows, columns) float, finite; m divides the columns. kept: an earlier mask; what it dropped stays
+    dropped and counts. Among equal scores the lower column is dropped first.
+    Zhou et al. 2021, arXiv:2102.04010.
+    """
+    mask = _drop_lowest(scores.reshape(-1, m), m - n, None if kept is None else kept.reshape(-1, m))
+    return mask.view(scores.shape)
+
+
+def keep(scores: Tensor, target: Target, kept: Tensor | None = None) -> Tensor:
+    """Mask of the target, row by row: `keep_highest` for a fraction, `keep_n_of_m` for a pattern."""
+    if isinstance(target, tuple):
+        return keep_n_of_m(scores, *target, kept)
+    return keep_highest(scores, target, kept)
 
 
 def keep_highest_of_all(scores: Sequence[Tensor], sparsity: float, kept: Sequence[Tensor | None]) -> list[Tensor]:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.numerics.masks import keep_highest, keep_highest_of_all, pruned_count, wanda_scores
+from compress.numerics.counts import pruned_count
+from compress.numerics.masks import keep_highest, keep_highest_of_all, keep_n_of_m, wanda_scores
 
 SPARSITIES = st.integers(0, 99).map(lambda percent: percent / 100)
 
@@ -48,6 +49,19 @@ def test_global_count_is_exact_over_all_tensors(sparsity, seed, levels):
     flat = torch.cat([s.flatten() for s in scores]).tolist()
     expected = slow_row_mask(flat, [True] * 23, pruned_count(sparsity, 23))
     assert torch.cat([m.flatten() for m in masks]).tolist() == expected
+
+
+@settings(deadline=None)
+@given(st.sampled_from([(2, 4), (4, 8), (1, 3)]), SPARSITIES, st.integers(0, 999), st.sampled_from([None, 1, 3]))
+def test_patterns_keep_the_n_highest_of_every_m(pattern, earlier, seed, levels):
+    n, m = pattern
+    scores = scores_of(seed, 4, 6 * m, levels)
+    kept = torch.rand(4, 6 * m, generator=torch.Generator().manual_seed(seed + 1)) >= earlier
+    mask = keep_n_of_m(scores, n, m)
+    assert (mask.view(4, 6, m).sum(dim=2) == n).all()
+    groups = zip(scores.view(-1, m).tolist(), kept.view(-1, m).tolist())
+    expected = [slow_row_mask(row, before, m - n) for row, before in groups]
+    assert keep_n_of_m(scores, n, m, kept).view(-1, m).tolist() == expected
 
 
 def test_global_drops_the_lowest_wherever_they_are():

@@ -1,73 +1,70 @@
-"""Unstructured magnitude pruning: the weights nearest to zero go."""
+"""Magnitude pruning: the weights nearest to zero go."""
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import model_validator
 
-from compress.errors import RecipeError
-from compress.interfaces import Context, Step
+from compress.interfaces import Context
+from compress.steps.prune._fields import WeightPruning
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.architectures import Facts
     from compress.model import Model
+    from compress.numerics.masks import Target
 
 
-class Magnitude(Step):
-    """Drop the fraction `sparsity` of the weights with the smallest |W_ij| in the blocks' linears.
+class Magnitude(WeightPruning):
+    """Drop the weights with the smallest |W_ij| in the blocks' linears.
 
-    scope: compared within a `layer` (one matrix), within each output `row`, or over all chosen layers
-    together (`global`). layers: globs over module names; all linears of the blocks by default.
+    scope: what a sparsity compares: one matrix (`layer`), each output `row`, or all linears together
+    (`global`) save those with an entry of their own under `layers`, which are pruned each by itself.
     Counts are exact: sparsity · n, rounded down, of each compared set of n weights; what an earlier step
     pruned stays pruned and counts. Equal magnitudes go in order of position.
     Han et al. 2015, arXiv:1506.02626.
     """
 
     name: ClassVar[str] = "prune.magnitude"
-    masks: ClassVar[bool] = True
 
-    sparsity: float = Field(ge=0, lt=1, allow_inf_nan=False)
     scope: Literal["layer", "row", "global"] = "layer"
-    layers: list[str] | None = Field(None, min_length=1)
 
-    def check(self, facts: Facts) -> None:
-        """Refuse globs that match no linear of the blocks."""
-        self._tensors(facts)
+    @model_validator(mode="after")
+    def _scope_fits(self) -> Self:
+        if self.pattern is not None and self.scope != "layer":
+            raise ValueError(f"scope={self.scope} with pattern={self.pattern}, which compares neighbours; drop scope")
+        return self
 
     def apply(self, model: Model, context: Context) -> None:
         """Prune in place; each mask lands in `model.masks`."""
         from compress.steps.prune._record import record_mask, refuse_encoded, sparsity_note
 
-        tensors = self._tensors(model.facts)
-        refuse_encoded(model, tensors, self.name)
-        groups = [tensors] if self.scope == "global" else [[tensor] for tensor in tensors]
+        self.check(model.facts)
+        targets = self.targets(model.facts)
+        refuse_encoded(model, list(targets), self.name)
+        groups = self._compared(model, targets)
         for i, group in enumerate(groups):
-            for tensor, mask in zip(group, self._masks(model, group), strict=True):
+            for tensor, mask in zip(group, self._masks(model, group, targets[group[0]]), strict=True):
                 record_mask(model, tensor, mask)
             context.progress(group[-1], (i + 1) / len(groups))
-        context.notes.append(sparsity_note(model, tensors, self.name))
+        context.notes.append(sparsity_note(model, list(targets), self.name))
 
-    def _masks(self, model: Model, group: list[str]) -> list[Tensor]:
+    def _compared(self, model: Model, targets: dict[str, Target]) -> list[list[str]]:
+        """Tensors in the groups within which weights compete."""
+        if self.scope != "global":
+            return [[tensor] for tensor in targets]
+        own = self.own_targets(model.facts)
+        together = [tensor for tensor in targets if tensor not in own]
+        return [[tensor] for tensor in own] + ([together] if together else [])
+
+    def _masks(self, model: Model, group: list[str], target: Target) -> list[Tensor]:
         """Masks of the tensors whose weights compete with each other."""
-        from compress.numerics.masks import keep_highest, keep_highest_of_all
+        from compress.numerics.masks import keep, keep_highest_of_all
         from compress.steps.prune._record import require_finite
 
         scores = [require_finite(model.parameter(t).detach().abs(), t, self.name) for t in group]
         kept = [model.masks.get(t) for t in group]
-        if self.scope == "row":
-            return [keep_highest(s, self.sparsity, k) for s, k in zip(scores, kept, strict=True)]
-        return keep_highest_of_all(scores, self.sparsity, kept)
-
-    def _tensors(self, facts: Facts) -> list[str]:
-        """Tensor names of the chosen linears; raises RecipeError for a glob that matches none."""
-        globs = self.layers if self.layers is not None else ["*"]
-        for glob in globs:
-            if not any(fnmatchcase(module, glob) for module in facts.linears):
-                example = next(iter(facts.linears))
-                raise RecipeError(f"{self.name}: layers: {glob!r} matches no linear; names look like {example}")
-        chosen = (m for m in facts.linears if any(fnmatchcase(m, glob) for glob in globs))
-        return [f"{module}.weight" for module in chosen]
+        if isinstance(target, tuple) or self.scope == "row":
+            return [keep(s, target, k) for s, k in zip(scores, kept, strict=True)]
+        return keep_highest_of_all(scores, target, kept)

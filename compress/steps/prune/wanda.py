@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
 from compress.errors import RecipeError
-from compress.interfaces import Context, Step
+from compress.interfaces import Context
+from compress.steps.prune._fields import WeightPruning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
     from compress.model import Model
 
 
-class Wanda(Step):
-    """Drop, in each output row, the fraction `sparsity` of the weights with the smallest |W_ij| · ‖X_j‖₂.
+class Wanda(WeightPruning):
+    """Drop, in each output row, the weights with the smallest |W_ij| · ‖X_j‖₂.
 
     ‖X_j‖₂ is the norm of input channel j over the calibration tokens. Blocks are pruned in order, and each
     sees the activations that the pruned blocks before it produce; the linears of one block are all measured
@@ -26,19 +25,17 @@ class Wanda(Step):
     """
 
     name: ClassVar[str] = "prune.wanda"
-    masks: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
-
-    sparsity: float = Field(ge=0, lt=1, allow_inf_nan=False)
 
     def apply(self, model: Model, context: Context) -> None:
         """Prune in place; each mask lands in `model.masks`."""
         from compress.blocks import walk
-        from compress.numerics.masks import keep_highest, wanda_scores
+        from compress.numerics.masks import keep, wanda_scores
         from compress.steps.prune._record import record_mask, refuse_encoded, require_finite, sparsity_note
 
-        tensors = [f"{module}.weight" for module in model.facts.linears]
-        refuse_encoded(model, tensors, self.name)
+        self.check(model.facts)
+        targets = self.targets(model.facts)
+        refuse_encoded(model, list(targets), self.name)
         if not context.calibration:
             raise RecipeError(f"{self.name} needs calibration data; add data.calibration to the recipe")
         dead = 0
@@ -48,8 +45,8 @@ class Wanda(Step):
                 tensor = f"{module}.weight"
                 dead += int((norms[module] == 0).sum())
                 scores = require_finite(wanda_scores(linear.weight.detach(), norms[module]), tensor, self.name)
-                record_mask(model, tensor, keep_highest(scores, self.sparsity, model.masks.get(tensor)))
-        context.notes.append(sparsity_note(model, tensors, self.name))
+                record_mask(model, tensor, keep(scores, targets[tensor], model.masks.get(tensor)))
+        context.notes.append(sparsity_note(model, list(targets), self.name))
         if dead:
             context.notes.append(f"{self.name}: {dead} input channels were zero on all calibration tokens")
 

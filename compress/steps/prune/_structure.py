@@ -1,0 +1,32 @@
+"""What the steps that remove whole channels or blocks do alike: make tensors smaller, and say so in the config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compress.interfaces import Context
+    from compress.model import Model
+
+
+def refuse_unready(model: Model, context: Context, step: str) -> None:
+    """Raise RecipeError without calibration data, or where masks or codes stand for the present shapes."""
+    if not context.calibration:
+        raise RecipeError(f"{step} needs calibration data; add data.calibration to the recipe")
+    if held := next(iter([*model.encoded, *model.masks]), None):
+        how = f"stored as {model.encoded[held].encoding}" if held in model.encoded else "pruned by a mask"
+        raise RecipeError(f"{step} changes shapes, and {held} is {how} already; move it to the front of the recipe")
+
+
+def select_channels(linear: nn.Linear, kept: Tensor, dim: int) -> None:
+    """Keep the output (dim 0) or input (dim 1) channels at the positions `kept` of a linear, in place."""
+    from torch import nn
+
+    linear.weight = nn.Parameter(linear.weight.detach().index_select(dim, kept), linear.weight.requires_grad)
+    linear.out_features, linear.in_features = linear.weight.shape
+    if dim == 0 and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach().index_select(0, kept), linear.bias.requires_grad)

@@ -1,0 +1,111 @@
+"""Channels to remove, and the least squares that make up for them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.errors import NumericalError
+from compress.numerics.counts import kept_width
+from compress.numerics.neurons import channel_scores, compensated, highest, least_missed
+
+
+def problem(seed: int, n: int = 6, m: int = 20, tokens: int = 90) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (n, m), and inputs (tokens, m) whose channels are strongly correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = torch.randn(tokens, m // 2, generator=generator)
+    X = factors @ torch.randn(m // 2, m, generator=generator) + 0.3 * torch.randn(tokens, m, generator=generator)
+    return torch.randn(n, m, generator=generator), X
+
+
+@given(st.integers(0, 99), st.integers(1, 3000), st.integers(1, 64))
+def test_the_width_left_is_the_smallest_multiple_that_removes_at_most_the_fraction(percent, n, multiple):
+    width = kept_width(percent / 100, n, multiple)
+    assert 0 < width <= n and 100 * (n - width) <= percent * n
+    if width < n:
+        assert width % multiple == 0
+        assert 100 * (n - (width - multiple)) > percent * n  # one multiple less would remove too much
+
+
+def test_scores_are_the_norm_of_what_a_channel_adds():
+    W, X = problem(0)
+    plain = [float(torch.outer(X[:, j].double(), W[:, j].double()).norm()) for j in range(20)]
+    torch.testing.assert_close(channel_scores(W, X.T @ X).tolist(), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_highest_stay_in_order_and_ties_go_by_position():
+    assert highest(torch.tensor([3.0, 1.0, 5.0, 3.0, 3.0]), 3).tolist() == [0, 2, 3]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 19), st.sampled_from([1e-6, 0.01, 0.5]))
+def test_the_update_solves_the_ridge_regression(seed, count, ridge):
+    W, X = problem(seed)
+    H, kept = X.T @ X, torch.randperm(20, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    found = compensated(W, H, kept, ridge).double()
+    # stacked rows: what is missing from the output, and λ times the way from the old weights
+    penalty = (ridge * float(H.diagonal().double().mean())) ** 0.5
+    missing = X.double() @ W.double().T - X[:, kept].double() @ W[:, kept].double().T
+    A = torch.cat([X[:, kept].double(), penalty * torch.eye(count, dtype=torch.float64)])
+    b = torch.cat([missing, torch.zeros(count, 6, dtype=torch.float64)])
+    expected = W[:, kept].double() + torch.linalg.lstsq(A, b).solution.T
+    # H is rounded to float32, which its inverse amplifies by at most 1 / ridge or its own condition
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 19))
+def test_the_update_never_loses_more_than_leaving_the_weights(seed, count):
+    W, X = problem(seed)
+    H = X.T @ X
+    kept = highest(channel_scores(W, H), count)
+    wanted = X @ W.T
+    updated = (wanted - X[:, kept] @ compensated(W, H, kept, 0.01).T).square().sum()
+    assert updated <= (wanted - X[:, kept] @ W[:, kept].T).square().sum()
+
+
+def test_a_duplicated_channel_costs_nothing():
+    W, X = problem(1)
+    X[:, 3] = 2 * X[:, 7]
+    kept = torch.tensor([j for j in range(20) if j != 3])
+    V = compensated(W, X.T @ X, kept, 1e-7)
+    torch.testing.assert_close(X[:, kept] @ V.T, X @ W.T, rtol=1e-3, atol=1e-2)  # float32 sums of 20 products
+
+
+def slow_least_missed(W: torch.Tensor, X: torch.Tensor, count: int, ridge: float) -> list[int]:
+    """Removes the channel whose removal, once solved for, leaves the smallest loss; every candidate is tried."""
+    H = X.double().T @ X.double()
+    H += ridge * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    left = list(range(len(H)))
+    while len(left) > count:
+        losses = []
+        for j in left:
+            kept = [i for i in left if i != j]
+            V = torch.zeros_like(W, dtype=torch.float64)
+            V[:, kept] = torch.linalg.solve(H[kept][:, kept], H[kept] @ W.double().T).T
+            losses.append(float(((W - V) @ H * (W - V)).sum()))
+        left.pop(losses.index(min(losses)))
+    return left
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("count", "ridge"), [(19, 0.01), (12, 0.01), (4, 0.2)])
+def test_the_least_missed_go_one_by_one(seed, count, ridge):
+    W, X = problem(seed)
+    assert least_missed(W, X.T @ X, count, ridge).tolist() == slow_least_missed(W, X, count, ridge)
+
+
+def test_of_two_channels_that_say_the_same_one_stays():
+    W, X = problem(3)
+    X[:, 3] = X[:, 7]
+    kept = least_missed(W, X.T @ X, 19, 1e-6).tolist()
+    assert (3 in kept) != (7 in kept)
+    assert {3, 7} & set(least_missed(W, X.T @ X, 15, 1e-6).tolist())
+
+
+def test_an_indefinite_matrix_is_refused():
+    W, X = problem(2)
+    with pytest.raises(NumericalError, match="raise ridge"):
+        compensated(W, -(X.T @ X), torch.arange(10), 0.01)
+    with pytest.raises(NumericalError, match="raise ridge"):
+        least_missed(W, -(X.T @ X), 10, 0.01)
