@@ -28,9 +28,14 @@ class Grid:
     scales: Tensor
     zero_points: Tensor | None = None
 
+    @property
+    def zero(self) -> Tensor:
+        """The code of weight 0 as float32: (n, g, 1), or a scalar if symmetric."""
+        return torch.zeros(()) if self.zero_points is None else self.zero_points.float().unsqueeze(-1)
+
     def round(self, W: Tensor) -> Tensor:
         """Nearest codes of W (n, g, k) as float32 integers in [low, high]; a zero scale gives the zero code."""
-        codes = (W * _inverse(self.scales).unsqueeze(-1)).round_()
+        codes = (W * inverse(self.scales).unsqueeze(-1)).round_()
         if self.zero_points is not None:
             codes += self.zero_points.float().unsqueeze(-1)
         return codes.clamp_(self.low, self.high)
@@ -80,7 +85,7 @@ def _search(W: Tensor, covering: Grid, symmetric: bool, importance: Tensor | Non
     least = torch.full(scales.shape, torch.inf)
     for step in (None, *torch.linspace(-0.9, 0.9, CANDIDATES).tolist()):
         grid = covering if step is None else _cover(W, covering.low, covering.high, symmetric, step, dim=0)
-        codes = (W * _inverse(grid.scales)).round_()
+        codes = (W * inverse(grid.scales)).round_()
         if grid.zero_points is None:
             codes.clamp_(grid.low, grid.high)
         else:  # c − z lies in [low − z, high − z]
@@ -90,7 +95,7 @@ def _search(W: Tensor, covering: Grid, symmetric: bool, importance: Tensor | Non
         if step is not None:
             squares = (codes.square() if h is None else codes.square().mul_(h)).sum(0)
             ratio = (hW * codes).sum(0) / torch.where(squares == 0, 1.0, squares)
-            fitted = _float16(torch.where(squares == 0, grid.scales.float(), ratio))
+            fitted = float16(torch.where(squares == 0, grid.scales.float(), ratio))
         residual = torch.addcmul(W, codes, fitted.float(), value=-1).square_()
         error = (residual if h is None else residual.mul_(h)).sum(0)
         better = error < least
@@ -110,21 +115,22 @@ def _cover(W: Tensor, low: int, high: int, symmetric: bool, step: float, dim: in
     least, most = W.amin(dim), W.amax(dim)
     if symmetric:
         top = torch.where(-least >= most, least, most)
-        return Grid(low, high, _float16(top / (low - step) if low < -high else top / (high + step)))
+        return Grid(low, high, float16(top / (low - step) if low < -high else top / (high + step)))
     least, most = least.clamp(max=0), most.clamp(min=0)
-    scales = _float16((most - least) / (high - low + step))
+    scales = float16((most - least) / (high - low + step))
     safe = torch.where(scales == 0, 1.0, scales.float())
     zero_points = (low - least / safe).round().clamp(low, high).to(torch.uint8)
     return Grid(low, high, scales, zero_points)
 
 
-def _inverse(scales: Tensor) -> Tensor:
+def inverse(scales: Tensor) -> Tensor:
     """1 / s in float32, and 0 for a zero scale: its weights all take the zero code."""
     s = scales.float()
     return torch.where(s == 0, 0.0, 1.0 / s)
 
 
-def _float16(scales: Tensor) -> Tensor:
+def float16(scales: Tensor) -> Tensor:
+    """Scales as they are stored; raises NumericalError where one is beyond float16."""
     rounded = scales.half()
     if torch.isinf(rounded).any():
         raise NumericalError(f"a scale of {scales.abs().max():.3g} does not fit float16 (largest 65504)")
