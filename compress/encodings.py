@@ -14,7 +14,7 @@ from compress.errors import RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-AFFINE_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+AFFINE_BITS = {"int8": 8, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
 CODEBOOK_BITS = {"nf4": 4, "mxfp4": 4}
 MX_GROUP = 32  # weights that share a scale, by definition of the MX formats
 FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

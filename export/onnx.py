@@ -1,7 +1,7 @@
 """ONNX: a folder for onnxruntime and onnxruntime-genai, with key-value cache, holding a model's very codes.
 
-The graph is onnxruntime-genai's; every weight in it is replaced by ours (see `_onnx_graph`). int8, int4, int3
-and int2 become MatMulNBits and GatherBlockQuantized (int3 in 4 bits; groups that are no kernel block by
+The graph is onnxruntime-genai's; every weight in it is replaced by ours (see `_onnx_graph`). int8 to int2
+become MatMulNBits and GatherBlockQuantized (int5 in 8 bits, int3 in 4; groups that are no kernel block by
 repeating scales), fp16 and bf16 are stored as such and widened when the file is loaded.
 """
 

@@ -389,7 +389,7 @@ def test_a_failing_builder_says_why(tmp_path: Path) -> None:
 
 
 @given(
-    st.sampled_from(["int2", "int3", "int4", "int8"]),
+    st.sampled_from(["int2", "int3", "int4", "int5", "int8"]),
     st.booleans(),
     st.sampled_from([16, 32, 48, 96, 256, None]),
     st.integers(0, 2**31),

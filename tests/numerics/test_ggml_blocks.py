@@ -14,12 +14,22 @@ from torch import Tensor
 
 from compress.encodings import EncodedTensor, Encoding
 from compress.numerics import ggml_blocks
-from compress.numerics.ggml_blocks import pack_mxfp4, pack_q4_0, pack_q8_0, unpack_mxfp4, unpack_q4_0, unpack_q8_0
+from compress.numerics.ggml_blocks import (
+    pack_mxfp4,
+    pack_q4_0,
+    pack_q5_0,
+    pack_q8_0,
+    unpack_mxfp4,
+    unpack_q4_0,
+    unpack_q5_0,
+    unpack_q8_0,
+)
 from compress.steps.quantize._fields import round_to_nearest
 
 Q4_0, Q8_0 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
 MXFP4 = gguf.GGMLQuantizationType.MXFP4
-FORMATS = {4: (pack_q4_0, unpack_q4_0, Q4_0), 8: (pack_q8_0, unpack_q8_0, Q8_0)}
+Q5_0 = gguf.GGMLQuantizationType.Q5_0
+FORMATS = {4: (pack_q4_0, unpack_q4_0, Q4_0), 5: (pack_q5_0, unpack_q5_0, Q5_0), 8: (pack_q8_0, unpack_q8_0, Q8_0)}
 
 
 def random_tensor(bits: int, rows: int, groups: int, group_size: int, seed: int) -> EncodedTensor:
@@ -33,7 +43,7 @@ def random_tensor(bits: int, rows: int, groups: int, group_size: int, seed: int)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from([4, 8]),
+    st.sampled_from([4, 5, 8]),
     st.integers(1, 5),
     st.integers(1, 4),
     st.sampled_from([32, 64, 96]),
@@ -53,18 +63,18 @@ def test_the_blocks_decode_to_the_very_weights(bits: int, rows: int, groups: int
 
 def reference_rounding(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes and scales by ggml's own rule, written plainly with numpy's float32 arithmetic."""
-    blocks = W.numpy().reshape(W.shape[0], -1, 32)
+    blocks, half = W.numpy().reshape(W.shape[0], -1, 32), 2 ** (bits - 1)
     if bits == 8:
         scales = (np.abs(blocks).max(-1, keepdims=True) / np.float32(127)).astype(np.float32)
     else:
         extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
-        scales = (extreme / np.float32(-8)).astype(np.float32)
+        scales = (extreme / np.float32(-half)).astype(np.float32)
     with np.errstate(divide="ignore"):
         scaled = blocks * np.where(scales == 0, np.float32(0), np.float32(1) / scales)
     if bits == 8:
         codes = np.sign(scaled) * np.floor(np.abs(scaled) + np.float32(0.5))
     else:
-        codes = np.minimum(np.trunc(scaled + np.float32(8.5)), 15) - 8
+        codes = np.minimum(np.trunc(scaled + np.float32(half + 0.5)), 2 * half - 1) - half
     shape = W.shape[0], -1
     return (
         torch.from_numpy(codes.astype(np.int8).reshape(shape)),
@@ -72,7 +82,7 @@ def reference_rounding(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 8])
 def test_codes_by_ggmls_rule_give_the_bytes_of_gguf_py_and_of_the_c_library(bits: int) -> None:
     W = torch.randn(24, 160, generator=torch.Generator().manual_seed(bits)) * 0.05
     W[3, 32:64] = 0  # a block without a scale

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from compress.numerics.affine import Grid
     from compress.numerics.codebook import CodebookGrid
 
-CodedName = Literal["int8", "int4", "int3", "int2", "nf4", "mxfp4"]
-EncodingName = Literal["int8", "int4", "int3", "int2", "nf4", "mxfp4", "fp16", "bf16", "fp32"]
+CodedName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4"]
+EncodingName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4", "fp16", "bf16", "fp32"]
 
 
 class WeightQuantization(Step):
