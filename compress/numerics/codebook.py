@@ -59,10 +59,10 @@ class CodebookGrid:
         """
         if self.name == "mxfp4":
             scaled = W / exponents_to_float(self.scales).unsqueeze(-1)  # exact: a power of two
-            codes = torch.bucketize(scaled.abs(), _midpoints(_MAGNITUDES), out_int32=True)
+            codes = torch.bucketize(scaled.abs().contiguous(), _midpoints(_MAGNITUDES), out_int32=True)
             return (codes + 8 * ((scaled < 0) & (codes > 0))).float()
         scaled = W * inverse(self.scales).unsqueeze(-1)
-        return torch.bucketize(scaled, _midpoints(LEVELS[self.name]), out_int32=True).float()
+        return torch.bucketize(scaled.contiguous(), _midpoints(LEVELS[self.name]), out_int32=True).float()
 
     def decode(self, codes: Tensor) -> Tensor:
         """Float32 weights (n, g, k) of codes (n, g, k)."""

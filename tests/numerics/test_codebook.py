@@ -44,6 +44,8 @@ def test_codes_are_the_nearest_of_all_levels(name, search):
     grid = fit(W, name, None, search)
     assert torch.equal(grid.round(W), slow_codes(W, grid.scales, name))
     assert not grid.decode(grid.round(W))[0, 0].any()
+    transposed = W.transpose(0, 2).contiguous().transpose(0, 2)  # columns in a row, as GPTQ holds them
+    assert torch.equal(fit(transposed, name, None, search).round(transposed), grid.round(W))
 
 
 def test_nf4_has_the_levels_and_codes_of_bitsandbytes():
