@@ -16,6 +16,7 @@ FIELDS = {
     "prune.wanda": {"sparsity": 0.3},
     "quantize.rtn": {"group_size": 16},
     "quantize.gptq": {"group_size": 16},
+    "quantize.awq": {"group_size": 16},
     "quantize.hqq": {"group_size": 16},
     "accuracy": {"max_drop": 3.0},
     "perplexity": {"max_increase": "5%"},

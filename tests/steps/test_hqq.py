@@ -41,9 +41,9 @@ def test_it_lowers_its_own_norm_of_the_error():
 @pytest.mark.parametrize(
     "fields,message",
     [
-        ({"encoding": "nf4"}, "nf4 is a codebook; use quantize.rtn"),
-        ({"keep": {"*.down_proj": "mxfp4"}}, "mxfp4 is a codebook; use quantize.rtn"),
-        ({"embeddings": "mxfp4"}, "mxfp4 is a codebook; use quantize.rtn"),
+        ({"encoding": "nf4"}, "integer codes, not nf4.s; use quantize.rtn"),
+        ({"keep": {"*.down_proj": "mxfp4"}}, "integer codes, not mxfp4.s; use"),
+        ({"embeddings": "mxfp4"}, "integer codes, not mxfp4.s; use"),
         ({"p": 0.0}, "greater than 0"),
         ({"iterations": 0}, "greater than or equal to 1"),
     ],
