@@ -26,15 +26,24 @@ _LLAMA_STAGES = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+# A module and the linears that read its output channels as they are, or multiplied by others: dividing a channel
+# of the one (a norm's gain, a linear's row) and multiplying the columns of the others changes no function.
+_LLAMA_FOLDS = (
+    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("self_attn.v_proj", ("self_attn.o_proj",)),
+    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mlp.up_proj", ("mlp.down_proj",)),
+)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of the parts of a decoder: (out, in) axis symbols per linear, stages, norms and embedding."""
+    """Names of the parts of a decoder: (out, in) axis symbols per linear, stages, folds, norms and embedding."""
 
     model_type: str  # transformers' config.model_type
     linears: Mapping[str, tuple[str, str]]
     stages: tuple[tuple[str, ...], ...]
+    folds: tuple[tuple[str, tuple[str, ...]], ...]
     block_norms: tuple[str, ...]  # norms over the residual stream
     attention: str  # submodule of a block that returns its output and its attention weights
     closing: frozenset[str]  # linears whose product is the output of the submodule that holds them
@@ -47,7 +56,7 @@ class Architecture:
 def _llama_like(model_type: str) -> Architecture:
     norms = ("input_layernorm", "post_attention_layernorm")
     closing = frozenset({"self_attn.o_proj", "mlp.down_proj"})
-    return Architecture(model_type, _LLAMA_LINEARS, _LLAMA_STAGES, norms, "self_attn", closing)
+    return Architecture(model_type, _LLAMA_LINEARS, _LLAMA_STAGES, _LLAMA_FOLDS, norms, "self_attn", closing)
 
 
 ARCHITECTURES = {name: _llama_like(name) for name in ("llama", "mistral", "qwen2", "qwen3")}
@@ -118,6 +127,19 @@ class Facts:
         found[self.embedding_tensor] = (self.vocabulary, self.sizes["residual"])
         if not self.tied:
             found[f"{self.architecture.head}.weight"] = (self.vocabulary, self.sizes["residual"])
+        return found
+
+    def folds(self, block: int) -> list[tuple[str, tuple[str, ...]]]:
+        """Modules of a block with the linears that a factor per channel can be moved to, by full names.
+
+        Left out where a channel is read more than once, as value channels are by grouped queries.
+        """
+        prefix = f"{self.architecture.blocks}.{block}"
+        found = []
+        for source, readers in self.architecture.folds:
+            out, inn = self.architecture.linears.get(source, ("residual",))[0], self.architecture.linears[readers[0]][1]
+            if self.sizes[out] == self.sizes[inn]:
+                found.append((f"{prefix}.{source}", tuple(f"{prefix}.{name}" for name in readers)))
         return found
 
     @property

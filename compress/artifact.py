@@ -158,7 +158,7 @@ def _flatten(model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "symmetric": encoding.symmetric,
             "shape": list(tensor.codes.shape),
         }
-        tensors[f"{module}.codes"] = pack(tensor.codes, encoding.bits) if encoding.is_affine else tensor.codes
+        tensors[f"{module}.codes"] = pack(tensor.codes, encoding.bits) if encoding.is_coded else tensor.codes
         if tensor.scales is not None:
             tensors[f"{module}.scales"] = tensor.scales.contiguous()
         if tensor.zero_points is not None:
@@ -174,8 +174,8 @@ def _read_encoded(name: str, spec: Mapping[str, Any], tensors: Mapping[str, Tens
     encoding = Encoding(spec["name"], spec["group_size"], spec["symmetric"])
     module = name.removesuffix(".weight")
     codes = tensors[f"{module}.codes"]
-    if encoding.is_affine:
-        codes = unpack(codes, encoding.bits, tuple(spec["shape"]), signed=encoding.symmetric)
+    if encoding.is_coded:
+        codes = unpack(codes, encoding.bits, tuple(spec["shape"]), signed=encoding.signed)
     return EncodedTensor(encoding, codes, tensors.get(f"{module}.scales"), tensors.get(f"{module}.zero_points"))
 
 

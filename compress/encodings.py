@@ -14,22 +14,25 @@ from compress.errors import RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-AFFINE_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+AFFINE_BITS = {"int8": 8, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
+CODEBOOK_BITS = {"nf4": 4, "mxfp4": 4}
+MX_GROUP = 32  # weights that share a scale, by definition of the MX formats
 FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
-NAMES = (*AFFINE_BITS, *FLOAT_DTYPES)
+NAMES = (*AFFINE_BITS, *CODEBOOK_BITS, *FLOAT_DTYPES)
 
 
 @dataclass(frozen=True)
 class Encoding:
     """A storage format of a weight matrix.
 
-    name: one of `NAMES`. group_size: input channels that share a scale (affine only; None = a whole row).
-    symmetric: codes are signed without a zero point.
+    name: one of `NAMES`. group_size: input channels that share a scale (None = a whole row; mxfp4: always 32;
+    unused by floats). symmetric: codes are signed without a zero point (affine only).
 
     Symmetric affine codes lie in [-2^(b-1), 2^(b-1) - 1] with *signed* float16 scales, except int8, which
     uses [-127, 127]; asymmetric codes lie in [0, 2^b - 1] with an integer zero point: w = (q - z) * s, so
-    that zero is always represented exactly.
+    that zero is always represented exactly. Codebooks (`numerics.codebook`) store the index of a level, and
+    hold zero exactly too.
     """
 
     name: str
@@ -39,33 +42,54 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise RecipeError(f"unknown encoding {self.name!r}; known: {', '.join(NAMES)}")
+        if self.is_codebook and not self.symmetric:
+            raise RecipeError(f"{self.name} is a codebook without zero points; use symmetric: true")
+        if self.name == "mxfp4" and self.group_size != MX_GROUP:
+            raise RecipeError(f"mxfp4 shares a scale over {MX_GROUP} channels, found group_size={self.group_size}")
 
     @property
     def is_affine(self) -> bool:
-        """Whether the encoding stores integer codes with scales."""
+        """Whether the encoding stores integers that decode as (q - z) * s."""
         return self.name in AFFINE_BITS
+
+    @property
+    def is_codebook(self) -> bool:
+        """Whether the encoding stores indices of levels, with scales."""
+        return self.name in CODEBOOK_BITS
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the encoding stores codes with scales, affine or of a codebook, and not floats."""
+        return self.is_affine or self.is_codebook
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes are int8; otherwise they are uint8."""
+        return self.is_affine and self.symmetric
 
     @property
     def bits(self) -> int:
         """Bits of one code (or of one float)."""
-        return AFFINE_BITS.get(self.name) or FLOAT_BITS[self.name]
+        return {**AFFINE_BITS, **CODEBOOK_BITS, **FLOAT_BITS}[self.name]
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code of an affine encoding.
+        """Smallest and largest code of an encoding with codes.
 
         >>> Encoding("int4", 32).code_range, Encoding("int8", 32).code_range
         ((-8, 7), (-127, 127))
         >>> Encoding("int4", 32, symmetric=False).code_range
         (0, 15)
         """
-        if not self.symmetric:
+        if not self.signed:
             return 0, 2**self.bits - 1
         return (-127, 127) if self.bits == 8 else (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
 
     def groups(self, in_features: int) -> int:
         """Number of groups per row; raises RecipeError where the group size does not divide."""
         size = self.group_size or in_features
+        if in_features % size and self.name == "mxfp4":
+            raise RecipeError(f"{in_features} input channels are not a multiple of mxfp4's {size}; use int4 or nf4")
         if in_features % size:
             fits = next(g for g in range(min(size, in_features), 0, -1) if in_features % g == 0)
             raise RecipeError(
@@ -76,16 +100,16 @@ class Encoding:
     def bits_per_weight(self, in_features: int) -> float:
         """Stored bits per weight, scales and zero points included.
 
-        >>> Encoding("int4", 32).bits_per_weight(576)
-        4.5
+        >>> Encoding("int4", 32).bits_per_weight(576), Encoding("mxfp4", 32).bits_per_weight(576)
+        (4.5, 4.25)
         """
-        if not self.is_affine:
+        if not self.is_coded:
             return float(self.bits)
-        overhead = 16 + (0 if self.symmetric else self.bits)
+        overhead = (8 if self.name == "mxfp4" else 16) + (0 if self.symmetric else self.bits)
         return self.bits + overhead * self.groups(in_features) / in_features
 
     def __str__(self) -> str:
-        if not self.is_affine:
+        if not self.is_coded:
             return self.name
         group = f" g{self.group_size}" if self.group_size else " per channel"
         return f"{self.name}{group}{'' if self.symmetric else ' asymmetric'}"
@@ -95,8 +119,9 @@ class Encoding:
 class EncodedTensor:
     """A weight matrix (n, m) in an encoding.
 
-    codes: (n, m) int8 (symmetric), uint8 (asymmetric), or the float values themselves for float encodings.
-    scales: (n, groups) float16, affine only. zero_points: (n, groups) uint8, asymmetric only.
+    codes: (n, m) int8 (symmetric), uint8 (asymmetric or a codebook), or the float values themselves for float
+    encodings. scales: (n, groups) float16, or uint8 exponents (mxfp4). zero_points: (n, groups) uint8,
+    asymmetric only.
     """
 
     encoding: Encoding
@@ -105,11 +130,16 @@ class EncodedTensor:
     zero_points: Tensor | None = None
 
     def decode(self) -> Tensor:
-        """The weight in float32: (codes - zero_points) * scales, (n, m)."""
-        if not self.encoding.is_affine:
+        """The weight in float32: (codes - zero_points) * scales or level[codes] * scales, (n, m)."""
+        if not self.encoding.is_coded:
             return self.codes.float()
         assert self.scales is not None
         n, m = self.codes.shape
+        if self.encoding.is_codebook:
+            from compress.numerics.codebook import CodebookGrid
+
+            grid = CodebookGrid(self.encoding.name, self.scales)
+            return grid.decode(self.codes.view(n, self.scales.shape[1], -1)).view(n, m)
         grouped = self.codes.float().view(n, self.scales.shape[1], -1)
         if self.zero_points is not None:
             grouped = grouped - self.zero_points.float().unsqueeze(-1)
@@ -129,6 +159,11 @@ def describe(name: str) -> str:
     """
     if name in FLOAT_DTYPES:
         return f"{FLOAT_DTYPES[name]}, unscaled"
+    if name in CODEBOOK_BITS:
+        return {
+            "nf4": "16 quantiles of the normal distribution, a float16 scale per group",
+            "mxfp4": f"4-bit floats (e2m1), a power of two as scale per {MX_GROUP} weights",
+        }[name]
     low, high = Encoding(name, 32).code_range
     return (
         f"integer codes {low}…{high}, a float16 scale per group "

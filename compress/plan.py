@@ -204,17 +204,17 @@ def _check_order(recipe: Recipe, i: int, path: tuple[str | int, ...], step: Step
 
 
 def _check_rounded_once(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
-    """Tensors in integer codes cannot be rounded again."""
+    """Tensors in codes cannot be rounded again."""
     coded: dict[str, int] = {}
     for i, entry in enumerate(recipe.steps):
         for path, step in _attempts(entry, i):
             twice = [name for name in _encodings(step, shapes[i]) if name in coded]
             if twice:
-                first = f"stored as integer codes by steps[{coded[twice[0]]}] already"
+                first = f"stored as codes by steps[{coded[twice[0]]}] already"
                 remedy = "leave them to one step (keep: fp32, embeddings: null)"
                 raise _refusal(recipe, path, f"{twice[0]} and {len(twice) - 1} more are {first}; {remedy}")
         for step in entry.attempts:
-            coded |= {name: i for name, e in _encodings(step, shapes[i]).items() if e.is_affine}
+            coded |= {name: i for name, e in _encodings(step, shapes[i]).items() if e.is_coded}
 
 
 def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:

@@ -12,7 +12,7 @@ from compress.errors import Corrupt, RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIDTHS = {8: 8, 4: 4, 3: 4, 2: 2}  # bits of a code → bits that the kernels can hold it in
+WIDTHS = {8: 8, 5: 8, 4: 4, 3: 4, 2: 2}  # bits of a code → bits that the kernels can hold it in
 BLOCKS = (128, 64, 32, 16)
 FLOAT_ACTIVATIONS, INT8_ACTIVATIONS = 0, 4  # accuracy levels of MatMulNBits on the CPU
 

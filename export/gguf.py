@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: the model's codes and scales as Q4_0 and Q8_0 blocks, never quantized again."""
+"""GGUF files for llama.cpp: codes and scales as Q4_0, Q5_0, Q8_0 and MXFP4 blocks, never quantized again."""
 
 from __future__ import annotations
 
@@ -43,11 +43,13 @@ DIALECTS = {
     "qwen3": Dialect("qwen3", interleaved=False),
 }
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # the way back
+_QUANTIZED = {"Q4_0", "Q5_0", "Q8_0", "MXFP4"}
+_FILE_TYPES = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}  # llama.cpp knows MXFP4 from mixtures of experts
 _QUERY, _KEY = ".self_attn.q_proj.", ".self_attn.k_proj."
 
 
 class Gguf(Exporter):
-    """One .gguf file: float32, F16, BF16, Q8_0 (int8 codes) and Q4_0 (int4 codes) tensors."""
+    """One .gguf file: float32, F16, BF16, Q8_0, Q5_0 and Q4_0 (int8, int5 and int4 codes), and MXFP4 tensors."""
 
     name = "gguf"
     runtime = "llama.cpp"
@@ -55,10 +57,12 @@ class Gguf(Exporter):
 
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
         """Why no GGUF block holds these codes and scales exactly, or None."""
+        if encoding.name == "nf4":
+            return f"{tensor}: GGUF has no block of nf4's 16 levels; use mxfp4 or int4"
         if not encoding.is_affine:
             return None
-        if encoding.name not in ("int4", "int8"):
-            return f"{tensor}: GGUF has no block of {encoding.name} codes with one scale; use int4 or int8"
+        if encoding.name not in ("int4", "int5", "int8"):
+            return f"{tensor}: GGUF has no block of {encoding.name} codes with one scale; use int4, int5 or int8"
         if not encoding.symmetric:
             return f"{tensor}: {encoding} does not fit q4_1 (scale * zero point is not a float16); use symmetric"
         if encoding.group_size is not None and encoding.group_size % BLOCK:
@@ -148,8 +152,8 @@ class Gguf(Exporter):
             weights[kind] += tensor.numel() if not isinstance(tensor, EncodedTensor) else tensor.codes.numel()
             writer.add_tensor(names[name], data, raw_dtype=gguf.GGMLQuantizationType[kind])
         majority = weights.most_common(1)[0][0]
-        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if majority == "F32" else f"MOSTLY_{majority}"])
-        if any(kind.startswith("Q") for kind in weights):
+        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES.get(majority, f"MOSTLY_{majority}")])
+        if weights.keys() & _QUANTIZED:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -223,12 +227,12 @@ def _to_file(tensor: EncodedTensor | Tensor, name: str) -> tuple[str, np.ndarray
     """GGUF's type and the bytes or floats of a tensor; a vector is float32, as llama.cpp demands."""
     import torch
 
-    from compress.numerics.ggml_blocks import pack_q4_0, pack_q8_0
+    from compress.numerics.ggml_blocks import pack_mxfp4, pack_q4_0, pack_q5_0, pack_q8_0
 
     if not isinstance(tensor, EncodedTensor):
         return "F32", tensor.float().contiguous().numpy()
     codes, scales = tensor.codes, tensor.scales
-    if not tensor.encoding.is_affine:
+    if not tensor.encoding.is_coded:
         if codes.dim() == 1 or codes.dtype == torch.float32:
             return "F32", codes.float().contiguous().numpy()
         kind = {torch.float16: "F16", torch.bfloat16: "BF16"}[codes.dtype]
@@ -236,8 +240,12 @@ def _to_file(tensor: EncodedTensor | Tensor, name: str) -> tuple[str, np.ndarray
     assert scales is not None
     if codes.shape[1] % BLOCK:
         raise RecipeError(f"gguf: {name} has {codes.shape[1]} input channels, not a multiple of 32; keep it fp16")
+    if tensor.encoding.name == "mxfp4":
+        return "MXFP4", pack_mxfp4(codes, scales).numpy()
     if tensor.encoding.bits == 4:
         return "Q4_0", pack_q4_0(codes, scales).numpy()
+    if tensor.encoding.bits == 5:
+        return "Q5_0", pack_q5_0(codes, scales).numpy()
     return "Q8_0", pack_q8_0(codes, scales).numpy()
 
 
@@ -245,7 +253,7 @@ def _from_file(kind: str, data: np.ndarray[Any, Any], where: str) -> EncodedTens
     """The inverse of `_to_file`, with one scale per block of 32."""
     import torch
 
-    from compress.numerics.ggml_blocks import unpack_q4_0, unpack_q8_0
+    from compress.numerics.ggml_blocks import unpack_mxfp4, unpack_q4_0, unpack_q5_0, unpack_q8_0
 
     raw = torch.from_numpy(data.copy())  # the file is mapped read-only
     if kind == "F32":
@@ -254,7 +262,10 @@ def _from_file(kind: str, data: np.ndarray[Any, Any], where: str) -> EncodedTens
         return EncodedTensor(Encoding("fp16"), raw)
     if kind == "BF16":
         return EncodedTensor(Encoding("bf16"), raw.view(torch.bfloat16))
-    if kind not in ("Q4_0", "Q8_0"):
+    if kind == "MXFP4":
+        return EncodedTensor(Encoding("mxfp4", BLOCK), *unpack_mxfp4(raw))
+    blocks = {"Q4_0": ("int4", unpack_q4_0), "Q5_0": ("int5", unpack_q5_0), "Q8_0": ("int8", unpack_q8_0)}
+    if kind not in blocks:
         raise RecipeError(f"{where} is {kind}, which compress does not write")
-    codes, scales = unpack_q4_0(raw) if kind == "Q4_0" else unpack_q8_0(raw)
-    return EncodedTensor(Encoding("int4" if kind == "Q4_0" else "int8", BLOCK), codes, scales)
+    name, unpack = blocks[kind]
+    return EncodedTensor(Encoding(name, BLOCK), *unpack(raw))

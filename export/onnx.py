@@ -1,7 +1,7 @@
 """ONNX: a folder for onnxruntime and onnxruntime-genai, with key-value cache, holding a model's very codes.
 
-The graph is onnxruntime-genai's; every weight in it is replaced by ours (see `_onnx_graph`). int8, int4, int3
-and int2 become MatMulNBits and GatherBlockQuantized (int3 in 4 bits; groups that are no kernel block by
+The graph is onnxruntime-genai's; every weight in it is replaced by ours (see `_onnx_graph`). int8 to int2
+become MatMulNBits and GatherBlockQuantized (int5 in 8 bits, int3 in 4; groups that are no kernel block by
 repeating scales), fp16 and bf16 are stored as such and widened when the file is loaded.
 """
 
@@ -46,9 +46,12 @@ class Onnx(Exporter):
     activations: Literal["float32", "int8"] = "float32"
 
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
-        """Groups that no kernel block of 16 to 128 channels divides."""
+        """Codebooks, and groups that no kernel block of 16 to 128 channels divides."""
         from export._onnx_packing import BLOCKS, block_size
 
+        if encoding.is_codebook:
+            # There is MatMulBnb4 for nf4, with float32 scales, and nothing to gather an embedding with.
+            return f"{tensor}: MatMulNBits and GatherBlockQuantized hold integer codes, not {encoding.name}; use int4"
         if encoding.is_affine and encoding.group_size is not None and block_size(encoding) is None:
             return (
                 f"{tensor}: {encoding} has no exact ONNX form: group_size={encoding.group_size} "
@@ -74,6 +77,9 @@ class Onnx(Exporter):
     def write(self, model: Model, out: Path) -> None:
         """Write model.onnx with its data, genai_config.json and the tokenizer into the empty folder `out`."""
         self.check(model.facts)
+        for name, tensor in model.tensors():
+            if isinstance(tensor, EncodedTensor) and (reason := self.refuses(tensor.encoding, name)):
+                raise RecipeError(f"onnx: {reason}")
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise RecipeError(f"{out} is not empty")

@@ -45,7 +45,7 @@ def test_ls_lists_every_plug_in():
     "steps,code,message",
     [
         ("  - quantize.gtpq: {}\n", 2, r"r.yaml:5:5"),
-        ("  - quantize.rtn: {encoding: int5}\n", 2, "int5"),
+        ("  - quantize.rtn: {encoding: int9}\n", 2, "int9"),
         ("  - quantize.rtn: {group_sise: 32}\n", 2, "group_size"),
         ("  - quantize.rtn: {group_size: 7}\n", 2, "group_size=7"),
         ("  - quantize.rtn: {}\n    quantize.rtn: {}\n", 2, "r.yaml:6:5"),

@@ -19,6 +19,8 @@ FIELDS = {
     "prune.wanda": {"sparsity": 0.3},
     "quantize.rtn": {"group_size": 16},
     "quantize.gptq": {"group_size": 16},
+    "quantize.awq": {"group_size": 16},
+    "quantize.hqq": {"group_size": 16},
     "accuracy": {"max_drop": 3.0},
     "perplexity": {"max_increase": "5%"},
     "divergence": {"max_mean": 0.1},

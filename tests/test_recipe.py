@@ -131,9 +131,9 @@ def test_an_anchor_may_be_used_a_few_times() -> None:
         # values
         (
             "int4,",
-            "int5,",
+            "int9,",
             "recipe.yaml:10:31  steps[0] quantize.gptq.encoding: ",
-            "found 'int5', expected 'int8',",
+            "found 'int9', expected 'int8',",
         ),
         (
             "group_size: 32",
@@ -318,7 +318,7 @@ def test_yaml_1_2_reads_words_as_text() -> None:
 
 
 def test_several_errors_of_one_entry_are_counted() -> None:
-    message = refusal(changed("{encoding: int4, group_size: 32}", "{encoding: int5, group_size: x, kep: {}}"))
+    message = refusal(changed("{encoding: int4, group_size: 32}", "{encoding: int9, group_size: x, kep: {}}"))
     assert message.endswith("(and 2 more)")
 
 

@@ -41,9 +41,9 @@ class Grid:
         return (codes if self._zeros is None else codes - self._zeros) * self._floats
 
     @property
-    def zero_code(self) -> Tensor | float:
-        """The code that decodes to zero, (n, g, 1) where each group has its own."""
-        return 0.0 if self._zeros is None else self._zeros
+    def zero(self) -> Tensor:
+        """The code of weight 0 as float32: (n, g, 1), or a scalar if symmetric."""
+        return torch.zeros(()) if self._zeros is None else self._zeros
 
     @cached_property
     def _floats(self) -> Tensor:
@@ -111,7 +111,7 @@ def _search(W: Tensor, covering: Grid, symmetric: bool, h: Tensor | None) -> Gri
         codes.clamp_(covering.low - z, covering.high - z)
     squares = _weighted(codes.square(), h)
     ratio = (codes * (W if h is None else h * W)).sum(1) / torch.where(squares == 0, 1.0, squares)
-    fitted = _float16(torch.where(squares == 0, scales.float(), ratio))
+    fitted = float16(torch.where(squares == 0, scales.float(), ratio))
     fitted[0] = scales[0]
     best = _weighted(torch.addcmul(W, codes, fitted.float().unsqueeze(1), value=-1).square_(), h).argmin(0, True)
     found = None if zero_points is None else zero_points.gather(0, best)
@@ -132,9 +132,9 @@ def _cover(W: Tensor, low: int, high: int, symmetric: bool, steps: Tensor) -> Gr
     least, most = torch.aminmax(W, dim=0)
     if symmetric:
         top = torch.where(-least >= most, least, most)
-        return Grid(low, high, _float16(top / (low - steps if low < -high else high + steps)))
+        return Grid(low, high, float16(top / (low - steps if low < -high else high + steps)))
     least, most = least.clamp(max=0), most.clamp(min=0)
-    scales = _float16((most - least) / (high - low + steps))
+    scales = float16((most - least) / (high - low + steps))
     safe = torch.where(scales == 0, 1.0, scales.float())
     zero_points = (low - least / safe).round().clamp(low, high).to(torch.uint8)
     return Grid(low, high, scales, zero_points)
@@ -154,7 +154,8 @@ def inverse(scales: Tensor) -> Tensor:
     return torch.where(s == 0, 0.0, 1.0 / s)
 
 
-def _float16(scales: Tensor) -> Tensor:
+def float16(scales: Tensor) -> Tensor:
+    """Scales as they are stored; raises NumericalError where one is beyond float16."""
     rounded = scales.half()
     if torch.isinf(rounded).any():
         raise NumericalError(f"a scale of {scales.abs().max():.3g} does not fit float16 (largest 65504)")

@@ -1,8 +1,10 @@
-"""The block layouts Q4_0 and Q8_0 of GGUF, from and to integer codes and float16 scales.
+"""The block layouts Q4_0, Q5_0, Q8_0 and MXFP4 of GGUF, from and to codes and scales.
 
 A block holds 32 consecutive weights of a row: a float16 scale (little endian), then the codes. Q8_0 stores
 them as signed bytes; Q4_0 stores code + 8 in 4 bits, weight j in the low and weight j + 16 in the high half
-of byte j. Nothing is rounded here: the weight stays code * scale.
+of byte j. Q5_0 stores code + 16: first 32 bits that hold bit 4 of weight j in bit j, then the rest as Q4_0 does.
+MXFP4 leads with the scale's exponent in one byte and orders its 4-bit codes as Q4_0 does. Nothing is
+rounded here: the weight stays what code and scale say.
 """
 
 from __future__ import annotations
@@ -34,6 +36,23 @@ def unpack_q4_0(packed: Tensor) -> tuple[Tensor, Tensor]:
     return codes.flatten(1), scales
 
 
+def pack_q5_0(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes (n, m) int8 in [-16, 15] and scales (n, groups) float16 → (n, m / 32 * 22) uint8; see `pack_q4_0`."""
+    blocks = _blocks(codes, -16, 15)
+    low, high = ((blocks + 16) & 15).view(torch.uint8).chunk(2, dim=2)
+    tops = (blocks >= 0).view(*blocks.shape[:2], 4, 8).to(torch.uint8)  # bit 4 of code + 16, 8 to a byte
+    bits = (tops << torch.arange(8, dtype=torch.uint8)).sum(3, dtype=torch.uint8)
+    return _join(_per_block(scales, blocks), torch.cat([bits, low | high << 4], dim=2))
+
+
+def unpack_q5_0(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_q5_0`: codes (n, m) int8 and scales (n, m / 32) float16."""
+    scales, body = _split(packed, 4 + BLOCK // 2)
+    tops = (body[:, :, :4].unsqueeze(3) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(2)
+    low = torch.cat([body[:, :, 4:] & 15, body[:, :, 4:] >> 4], dim=2)
+    return (low | tops << 4).view(torch.int8).flatten(1) - 16, scales
+
+
 def pack_q8_0(codes: Tensor, scales: Tensor) -> Tensor:
     """Codes (n, m) int8 and scales (n, groups) float16 → (n, m / 32 * 34) uint8; see `pack_q4_0`."""
     blocks = _blocks(codes, -128, 127)
@@ -44,6 +63,25 @@ def unpack_q8_0(packed: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `pack_q8_0`: codes (n, m) int8 and scales (n, m / 32) float16."""
     scales, body = _split(packed, BLOCK)
     return body.contiguous().view(torch.int8).flatten(1), scales
+
+
+def pack_mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
+    """Codes (n, m) uint8 in [0, 15] and exponents (n, m / 32) uint8 → (n, m / 32 * 17) uint8; see `pack_q4_0`."""
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % BLOCK or codes.gt(15).any():
+        raise ValueError(f"expected uint8 codes (n, m) below 16, m a multiple of 32, found {codes.dtype} {codes.shape}")
+    if exponents.dtype != torch.uint8 or exponents.shape != (codes.shape[0], codes.shape[1] // BLOCK):
+        raise ValueError(f"expected uint8 exponents, one per block of {codes.shape}, found {exponents.shape}")
+    low, high = codes.contiguous().view(codes.shape[0], -1, BLOCK).chunk(2, dim=2)
+    return torch.cat([exponents.unsqueeze(2), low | high << 4], dim=2).flatten(1)
+
+
+def unpack_mxfp4(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_mxfp4`: codes (n, m) uint8 and exponents (n, m / 32) uint8."""
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] % (1 + BLOCK // 2):
+        raise ValueError(f"expected uint8 rows of blocks of 17 bytes, found {packed.dtype} {packed.shape}")
+    blocks = packed.view(packed.shape[0], -1, 1 + BLOCK // 2)
+    body = blocks[:, :, 1:]
+    return torch.cat([body & 15, body >> 4], dim=2).flatten(1), blocks[:, :, 0].contiguous()
 
 
 def _blocks(codes: Tensor, low: int, high: int) -> Tensor:

@@ -30,6 +30,7 @@ from compress.architectures import Facts
 from compress.encodings import EncodedTensor, Encoding, same_stored
 from compress.errors import CompressError, Corrupt, RecipeError
 from compress.model import Model
+from compress.steps.quantize._fields import round_to_nearest
 from export import _gguf_vocabulary, gguf
 from export._gguf_vocabulary import probes
 from export._llama_cpp import LlamaCpp
@@ -126,8 +127,10 @@ def tiny(kind: str = "llama", tokenizer: Any = None, tied: bool = False, seed: i
 
 def encode_rtn(W: Tensor, encoding: Encoding) -> EncodedTensor:
     """Round to nearest: enough to fill every code."""
-    if not encoding.is_affine:
+    if not encoding.is_coded:
         return EncodedTensor(encoding, W.to(torch.float16 if encoding.name == "fp16" else torch.bfloat16))
+    if encoding.is_codebook:
+        return round_to_nearest("W", W, encoding, search=False)
     low, high = encoding.code_range
     blocks = W.view(W.shape[0], encoding.groups(W.shape[1]), -1)
     extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
@@ -192,6 +195,8 @@ ENCODINGS = {
     "int4 g32": [Encoding("int4", 32)],
     "int8 g32": [Encoding("int8", 32)],
     "int4 per channel": [Encoding("int4")],
+    "int5 g32": [Encoding("int5", 32)],
+    "mxfp4": [Encoding("mxfp4", 32)],
     "fp16": [Encoding("fp16")],
     "bf16": [Encoding("bf16")],
     "mixed": [
@@ -255,6 +260,8 @@ def test_the_header_says_what_the_file_holds(tmp_path: Path) -> None:
     for kind, wanted in (
         ("int4", LlamaFileType.MOSTLY_Q4_0),
         ("int8", LlamaFileType.MOSTLY_Q8_0),
+        ("int5", LlamaFileType.MOSTLY_Q5_0),
+        ("mxfp4", LlamaFileType.MOSTLY_MXFP4_MOE),
         ("fp16", LlamaFileType.MOSTLY_F16),
     ):
         Gguf().write(encoded(tiny(), Encoding(kind, 32 if kind != "fp16" else None)), tmp_path)
@@ -287,15 +294,16 @@ def test_half_precision_files_are_close_to_torch(kind: str, opened: Any) -> None
     assert kl(next(model.logits([window])), next(runtime.logits([window]))) < {"fp16": 1e-4, "bf16": 1e-2}[kind]
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_integer_files_differ_by_the_activations_only(kind: str, opened: Any) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int5", "int4", "mxfp4"])
+def test_coded_files_differ_by_the_activations_only(kind: str, opened: Any) -> None:
     model = encoded(tiny(), Encoding(kind, 32))
     runtime = opened(model)
     (window,) = windows(model, 120)
     prefill, decoded = next(runtime.logits([window])), runtime.decode_logits(window)
     assert 0 < kl(next(model.logits([window])), prefill) < 0.02  # int8 activations
     assert kl(prefill, decoded) < 0.005
-    assert "Q" in runtime.compute and "int8 activations" in runtime.compute
+    assert {"int8": "Q8_0", "int5": "Q5_0", "int4": "Q4_0", "mxfp4": "MXFP4"}[kind] in runtime.compute
+    assert "int8 activations" in runtime.compute
 
 
 def test_the_rotary_permutation_matters(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,11 +424,12 @@ def test_an_unknown_tokenizer_is_refused(change: Any, message: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("encoding", "message"),
     [
-        (Encoding("int3", 32), "use int4 or int8"),
-        (Encoding("int2", 32), "use int4 or int8"),
+        (Encoding("int3", 32), "use int4, int5 or int8"),
+        (Encoding("int2", 32), "use int4, int5 or int8"),
         (Encoding("int4", 32, symmetric=False), "use symmetric"),
         (Encoding("int8", 32, symmetric=False), "use symmetric"),
         (Encoding("int4", 48), "use group_size=32"),
+        (Encoding("nf4", 64), "use mxfp4 or int4"),
     ],
 )
 def test_what_no_block_holds_is_refused_with_a_remedy(encoding: Encoding, message: str) -> None:

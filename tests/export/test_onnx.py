@@ -28,6 +28,7 @@ from compress.architectures import Facts
 from compress.encodings import FLOAT_DTYPES, EncodedTensor, Encoding, same_stored
 from compress.errors import CompressError, Corrupt, RecipeError, UnsafeInput
 from compress.model import Model
+from compress.steps.quantize._fields import round_to_nearest
 from export import onnx as exporter
 from export._onnx_packing import packed, unpacked
 from export.onnx import Onnx
@@ -338,9 +339,20 @@ def test_what_cannot_be_exact_is_refused(tmp_path: Path) -> None:
         assert Onnx().refuses(encoding, "a.weight") is None
     with pytest.raises(RecipeError, match="40 channels"):
         packed("w", rounded(torch.randn(4, 40), Encoding("int4")))
+    for name in ("nf4", "mxfp4"):
+        assert f"integer codes, not {name}; use int4" in (Onnx().refuses(Encoding(name, 32), "a.weight") or "")
     (tmp_path / "occupied").touch()
     with pytest.raises(RecipeError, match="not empty"):
         Onnx().write(tiny("llama", True), tmp_path)
+
+
+def test_codes_without_an_exact_form_are_not_written_as_floats(tmp_path: Path) -> None:
+    model = tiny("llama", True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    model.store(name, round_to_nearest(name, model.parameter(name).detach(), Encoding("nf4", 32), search=False))
+    with pytest.raises(RecipeError, match=f"onnx: {name}: .*not nf4"):
+        Onnx().write(model, tmp_path)
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_head_sizes_without_a_kernel_are_refused() -> None:
@@ -379,7 +391,7 @@ def test_a_failing_builder_says_why(tmp_path: Path) -> None:
 
 
 @given(
-    st.sampled_from(["int2", "int3", "int4", "int8"]),
+    st.sampled_from(["int2", "int3", "int4", "int5", "int8"]),
     st.booleans(),
     st.sampled_from([16, 32, 48, 96, 256, None]),
     st.integers(0, 2**31),

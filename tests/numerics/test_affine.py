@@ -9,6 +9,7 @@ from compress.numerics.affine import CANDIDATES, Grid, fit
 
 CASES = [
     ("int8", True),
+    ("int5", True),
     ("int4", True),
     ("int3", True),
     ("int2", True),

@@ -14,10 +14,22 @@ from torch import Tensor
 
 from compress.encodings import EncodedTensor, Encoding
 from compress.numerics import ggml_blocks
-from compress.numerics.ggml_blocks import pack_q4_0, pack_q8_0, unpack_q4_0, unpack_q8_0
+from compress.numerics.ggml_blocks import (
+    pack_mxfp4,
+    pack_q4_0,
+    pack_q5_0,
+    pack_q8_0,
+    unpack_mxfp4,
+    unpack_q4_0,
+    unpack_q5_0,
+    unpack_q8_0,
+)
+from compress.steps.quantize._fields import round_to_nearest
 
 Q4_0, Q8_0 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
-FORMATS = {4: (pack_q4_0, unpack_q4_0, Q4_0), 8: (pack_q8_0, unpack_q8_0, Q8_0)}
+MXFP4 = gguf.GGMLQuantizationType.MXFP4
+Q5_0 = gguf.GGMLQuantizationType.Q5_0
+FORMATS = {4: (pack_q4_0, unpack_q4_0, Q4_0), 5: (pack_q5_0, unpack_q5_0, Q5_0), 8: (pack_q8_0, unpack_q8_0, Q8_0)}
 
 
 def random_tensor(bits: int, rows: int, groups: int, group_size: int, seed: int) -> EncodedTensor:
@@ -31,7 +43,7 @@ def random_tensor(bits: int, rows: int, groups: int, group_size: int, seed: int)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from([4, 8]),
+    st.sampled_from([4, 5, 8]),
     st.integers(1, 5),
     st.integers(1, 4),
     st.sampled_from([32, 64, 96]),
@@ -51,18 +63,18 @@ def test_the_blocks_decode_to_the_very_weights(bits: int, rows: int, groups: int
 
 def reference_rounding(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes and scales by ggml's own rule, written plainly with numpy's float32 arithmetic."""
-    blocks = W.numpy().reshape(W.shape[0], -1, 32)
+    blocks, half = W.numpy().reshape(W.shape[0], -1, 32), 2 ** (bits - 1)
     if bits == 8:
         scales = (np.abs(blocks).max(-1, keepdims=True) / np.float32(127)).astype(np.float32)
     else:
         extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
-        scales = (extreme / np.float32(-8)).astype(np.float32)
+        scales = (extreme / np.float32(-half)).astype(np.float32)
     with np.errstate(divide="ignore"):
         scaled = blocks * np.where(scales == 0, np.float32(0), np.float32(1) / scales)
     if bits == 8:
         codes = np.sign(scaled) * np.floor(np.abs(scaled) + np.float32(0.5))
     else:
-        codes = np.minimum(np.trunc(scaled + np.float32(8.5)), 15) - 8
+        codes = np.minimum(np.trunc(scaled + np.float32(half + 0.5)), 2 * half - 1) - half
     shape = W.shape[0], -1
     return (
         torch.from_numpy(codes.astype(np.int8).reshape(shape)),
@@ -70,7 +82,7 @@ def reference_rounding(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 8])
 def test_codes_by_ggmls_rule_give_the_bytes_of_gguf_py_and_of_the_c_library(bits: int) -> None:
     W = torch.randn(24, 160, generator=torch.Generator().manual_seed(bits)) * 0.05
     W[3, 32:64] = 0  # a block without a scale
@@ -78,6 +90,43 @@ def test_codes_by_ggmls_rule_give_the_bytes_of_gguf_py_and_of_the_c_library(bits
     packed = pack(*reference_rounding(W, bits)).numpy()
     assert packed.tobytes() == quantize(W.numpy(), kind).tobytes()
     assert packed.tobytes() == c_quantize(W, int(kind), packed.nbytes)
+
+
+def test_mxfp4_has_the_bytes_of_gguf_py_and_of_the_c_library() -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(24, 160, generator=generator) * 2.0 ** torch.randint(-30, 30, (24, 1), generator=generator)
+    W[3, 32:64] = 0
+    W[4] = torch.tensor([0.5, -0.25, 0.25, 4.0, -5.0, 2.5, -1.25, 6.0] * 20)  # ties between levels
+    W[5, :32] = 2.0**-3  # a power of two
+    encoded = round_to_nearest("W", W, Encoding("mxfp4", 32), search=False)
+    assert encoded.scales is not None
+    packed = pack_mxfp4(encoded.codes, encoded.scales)
+    assert packed.numpy().tobytes() == quantize(W.numpy(), MXFP4).tobytes()
+    assert packed.numpy().tobytes() == c_quantize(W, int(MXFP4), packed.numel())
+    assert dequantize(packed.numpy(), MXFP4).tobytes() == encoded.decode().numpy().tobytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32))
+def test_any_mxfp4_codes_decode_to_the_very_weights(rows: int, groups: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, groups * 32), generator=generator, dtype=torch.uint8)
+    exponents = torch.randint(0, 250, (rows, groups), generator=generator, dtype=torch.uint8)
+    packed = pack_mxfp4(codes, exponents)
+    tensor = EncodedTensor(Encoding("mxfp4", 32), codes, exponents)
+    assert dequantize(packed.numpy(), MXFP4).tobytes() == tensor.decode().numpy().tobytes()
+    back = unpack_mxfp4(packed)
+    assert torch.equal(back[0], codes) and torch.equal(back[1], exponents)
+
+
+def test_what_does_not_fit_mxfp4_is_refused() -> None:
+    codes, exponents = torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="below 16"):
+        pack_mxfp4(codes + 16, exponents)
+    with pytest.raises(ValueError, match="one per block"):
+        pack_mxfp4(codes, exponents[:, :1])
+    with pytest.raises(ValueError, match="blocks of 17 bytes"):
+        unpack_mxfp4(codes)
 
 
 def c_quantize(W: Tensor, kind: int, size: int) -> bytes:

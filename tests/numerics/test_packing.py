@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 from compress.numerics.packing import pack, unpack
 
 
-@given(st.integers(1, 5), st.integers(1, 9), st.sampled_from([1, 2, 3, 4, 8]), st.booleans(), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(1, 5), st.integers(1, 9), st.sampled_from([1, 2, 3, 4, 5, 8]), st.booleans(), st.integers(0, 2**32 - 1)
+)
 def test_unpack_inverts_pack(n, m, bits, signed, seed):
     generator = torch.Generator().manual_seed(seed)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)

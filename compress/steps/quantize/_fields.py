@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.architectures import Facts
-from compress.encodings import EncodedTensor, Encoding
+from compress.encodings import CODEBOOK_BITS, MX_GROUP, EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Step
 
@@ -17,26 +17,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.model import Model
+    from compress.numerics.affine import Grid
+    from compress.numerics.codebook import CodebookGrid
 
-AffineName = Literal["int8", "int4", "int3", "int2"]
-EncodingName = Literal["int8", "int4", "int3", "int2", "fp16", "bf16", "fp32"]
+CodedName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4"]
+EncodingName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4", "fp16", "bf16", "fp32"]
 
 
 class WeightQuantization(Step):
     """Linears of the blocks in `encoding`, except those that `keep` names; embeddings on their own.
 
-    group_size: input channels per scale, or "channel" for one scale per row. keep: glob over module names →
+    group_size: input channels per scale, or "channel" for one scale per row (mxfp4 always has its own 32).
+    symmetric: whether integer codes go without zero points; codebooks always do. keep: glob over module names →
     encoding ("fp32" leaves them as they are); the last match wins. embeddings: encoding of the token
     embedding and the output head (tied or not), rounded to nearest; null leaves them in float32.
     """
 
     packs: ClassVar[bool] = True
+    codebooks: ClassVar[bool] = False  # whether this method can choose codes of nf4 and mxfp4
 
-    encoding: AffineName = "int4"
+    encoding: CodedName = "int4"
     group_size: int | Literal["channel"] = Field(32)
     symmetric: bool = True
     keep: dict[str, EncodingName] = Field(default_factory=dict)
     embeddings: EncodingName | None = "int8"
+
+    @model_validator(mode="after")
+    def _judge_codebooks(self) -> Self:
+        """Refuse codebooks where the method has none, and fields that the chosen one would ignore."""
+        asked = [e for e in (self.encoding, *self.keep.values(), self.embeddings) if e in CODEBOOK_BITS]
+        if asked and not self.codebooks:
+            raise RecipeError(f"{self.name} chooses integer codes, not {asked[0]}'s; use quantize.rtn or quantize.awq")
+        if self.encoding in CODEBOOK_BITS and not self.symmetric:
+            raise RecipeError(f"symmetric: {self.encoding} is a codebook without zero points; leave it true")
+        if self.encoding == "mxfp4" and self.group_size != MX_GROUP:
+            raise RecipeError(f"group_size={self.group_size}: mxfp4 shares a scale over {MX_GROUP} channels, always")
+        return self
 
     def check(self, facts: Facts) -> None:
         """Refuse group sizes that do not divide and patterns that match nothing."""
@@ -46,7 +62,7 @@ class WeightQuantization(Step):
             if not any(fnmatchcase(name, pattern) for name in facts.linears):
                 raise RecipeError(f"keep: {pattern!r} matches no linear, e.g. {next(iter(facts.linears))}")
         for name, encoding in self.encodings(facts).items():
-            if encoding.is_affine:
+            if encoding.is_coded:
                 try:
                     encoding.groups(facts.matrices[name][1])
                 except RecipeError as error:
@@ -66,17 +82,29 @@ class WeightQuantization(Step):
     def _encoding(self, name: EncodingName) -> Encoding:
         if name in ("fp16", "bf16", "fp32"):
             return Encoding(name)
-        return Encoding(name, None if self.group_size == "channel" else self.group_size, self.symmetric)
+        size = None if self.group_size == "channel" else self.group_size
+        if name == "nf4" or name == "mxfp4":
+            return Encoding(name, MX_GROUP if name == "mxfp4" else size)
+        return Encoding(name, size, self.symmetric)
 
 
 def refuse_encoded(model: Model, names: Mapping[str, Encoding]) -> None:
-    """Raise RecipeError where a tensor that is to be quantized holds integer codes already."""
+    """Raise RecipeError where a tensor that is to be quantized holds codes already."""
     for name in names:
-        if name in model.encoded and model.encoded[name].encoding.is_affine:
+        if name in model.encoded and model.encoded[name].encoding.is_coded:
             raise RecipeError(
                 f"{name} is stored in {model.encoded[name].encoding} already; rounding twice loses twice: "
                 f"start from the unquantized parent"
             )
+
+
+def fit_grid(W: Tensor, encoding: Encoding, importance: Tensor | None, search: bool) -> Grid | CodebookGrid:
+    """The grid of an encoding with codes for W (n, g, k), as `affine.fit` and `codebook.fit` choose it."""
+    from compress.numerics import affine, codebook
+
+    if encoding.is_codebook:
+        return codebook.fit(W, encoding.name, importance, search)
+    return affine.fit(W, *encoding.code_range, encoding.symmetric, importance, search)
 
 
 def round_to_nearest(
@@ -88,18 +116,22 @@ def round_to_nearest(
     """
     import torch
 
-    from compress.numerics.affine import fit
-
     if encoding.name == "fp16" or encoding.name == "bf16":
         return EncodedTensor(encoding, W.to(torch.float16 if encoding.name == "fp16" else torch.bfloat16))
-    n, m = W.shape
-    groups = encoding.groups(m)
-    grouped = W.reshape(n, groups, -1)
+    groups = encoding.groups(W.shape[1])
     weights = None if importance is None else importance.view(groups, -1)
     try:
-        grid = fit(grouped, *encoding.code_range, encoding.symmetric, weights, search)
+        grid = fit_grid(W.reshape(len(W), groups, -1), encoding, weights, search)
     except NumericalError as error:
         raise NumericalError(f"{name}: {error}") from None
-    codes = torch.empty_like(W, dtype=torch.int8 if encoding.symmetric else torch.uint8)
-    codes.copy_(grid.round(grouped).view(n, m))
+    return encode(W, encoding, grid)
+
+
+def encode(W: Tensor, encoding: Encoding, grid: Grid | CodebookGrid) -> EncodedTensor:
+    """W (n, m) rounded to the nearest codes of a grid with scales (n, g)."""
+    import torch
+
+    n, m = W.shape
+    codes = torch.empty(n, m, dtype=torch.int8 if encoding.signed else torch.uint8)
+    codes.copy_(grid.round(W.reshape(n, grid.scales.shape[1], -1)).view(n, m))
     return EncodedTensor(encoding, codes, grid.scales, grid.zero_points)

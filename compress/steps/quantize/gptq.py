@@ -137,7 +137,7 @@ def solve(
             grid, w = grids[-1], W[j].view(n, 1, 1)
             code = grid.round(w)
             if kept is not None:
-                code = torch.where(kept[j].view(n, 1, 1), code, grid.zero_code)
+                code = torch.where(kept[j].view(n, 1, 1), code, grid.zero)
             codes[j] = code.view(n)
             error = torch.sub(w, grid.decode(code)).view(n).div_(U[j, j])
             errors[j - start] = error

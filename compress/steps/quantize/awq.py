@@ -1,0 +1,133 @@
+"""AWQ: rounding to nearest after salient input channels were scaled up, at the cost of what precedes them.
+
+Lin et al. 2023, arXiv:2306.00978. Departures: activation magnitudes are root mean squares, not means; the error
+of a scale is that of the linears' outputs over all calibration tokens, tr(E H Eᵀ) with H = Σ xxᵀ, not of the
+enclosing module's over a sample; instead of clipping by output error, the range of each group is searched as in
+quantize.rtn, weighted by the inputs' second moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.encodings import Encoding
+from compress.interfaces import Context
+from compress.steps.quantize._fields import WeightQuantization, fit_grid, refuse_encoded, round_to_nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.blocks import Block
+    from compress.model import Model
+
+
+class Awq(WeightQuantization):
+    """Activation-aware scales, folded into the preceding norm or linear, then rounding to nearest.
+
+    alphas: how many exponents α in [0, 1) are tried for s = rms(x)^α, α = 0 (no scaling) among them. range: of
+    the final rounding, "minmax" or "mse", weighted by the squared inputs.
+    """
+
+    name: ClassVar[str] = "quantize.awq"
+    uses_calibration: ClassVar[bool] = True
+    codebooks: ClassVar[bool] = True
+
+    alphas: int = Field(20, ge=1)
+    range: Literal["minmax", "mse"] = "mse"
+
+    def apply(self, model: Model, context: Context) -> None:
+        """Scale and round every block in turn, each fed by the rounded ones before it, then the embeddings."""
+        from compress.blocks import walk
+
+        chosen = self.encodings(model.facts)
+        refuse_encoded(model, chosen)
+        for block in walk(model, context.calibration, context.progress):
+            moments = _second_moments(block)
+            for source, readers in model.facts.folds(block.index):
+                if fixed := _fixed(model, source, readers, chosen):
+                    context.notes.append(f"{source}: not scaled, since {fixed} is stored in an encoding already")
+                    continue
+                s = self._best_scales(model, readers, moments[readers[0]], chosen)
+                fold(model, source, readers, s)
+                for name in readers:
+                    moments[name] = moments[name] / s.outer(s)
+            for name in block.linears:
+                self._round(model, f"{name}.weight", chosen, moments[name].diagonal())
+        for tensor in [t for t in chosen if t.removesuffix(".weight") not in model.facts.linears]:
+            self._round(model, tensor, chosen, None)
+
+    def _round(self, model: Model, tensor: str, chosen: Mapping[str, Encoding], importance: Tensor | None) -> None:
+        if tensor in chosen:
+            W = model.parameter(tensor).detach()
+            model.store(tensor, round_to_nearest(tensor, W, chosen[tensor], self.range == "mse", importance))
+
+    def _best_scales(self, model: Model, readers: Sequence[str], H: Tensor, chosen: Mapping[str, Encoding]) -> Tensor:
+        """Of s = rms(x)^α for each α, the (m,) of least output error over the readers that are to hold codes."""
+        import torch
+
+        coded = [(t, chosen[t]) for t in (f"{name}.weight" for name in readers) if t in chosen and chosen[t].is_coded]
+        best, least = torch.ones(len(H)), torch.inf
+        for i in range(self.alphas if coded else 0):
+            s = channel_scales(H, i / self.alphas)
+            error = sum(output_error(model.parameter(t).detach(), s, H, encoding) for t, encoding in coded)
+            if error < least:
+                best, least = s, error
+        return best
+
+
+def channel_scales(H: Tensor, alpha: float) -> Tensor:
+    """Scales rms(x)^α per input channel, (m,), with reciprocal extremes; silent channels take the smallest.
+
+    H: (m, m) = Σ xxᵀ. Eq. 5 of the paper, normalized as in the authors' code.
+    """
+    import torch
+
+    squares = H.diagonal()
+    heard = squares[squares > 0]
+    if not len(heard):
+        return torch.ones_like(squares)
+    # Relative to the largest first: a power of the raw sum could leave float32's range.
+    s: Tensor = (squares.clamp(min=float(heard.min())) / heard.max()).pow(alpha / 2)
+    return s / (s.max() * s.min()).sqrt()
+
+
+def output_error(W: Tensor, s: Tensor, H: Tensor, encoding: Encoding) -> float:
+    """Σ ‖(Ŵ − W)x‖² over the tokens of H, (m, m) = Σ xxᵀ, where Ŵ = Q(W · s) / s; eq. 4 of the paper.
+
+    Q rounds W (n, m) to nearest, over the range of each group.
+    """
+    scaled = (W * s).view(len(W), encoding.groups(W.shape[1]), -1)
+    grid = fit_grid(scaled, encoding, None, search=False)
+    E = (grid.decode(grid.round(scaled)) - scaled).view(W.shape) / s
+    return float((E @ H).mul_(E).sum())
+
+
+def fold(model: Model, source: str, readers: Sequence[str], s: Tensor) -> None:
+    """Divide the output channels of `source` by s (m,) and multiply the columns of its readers: the same function."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.module.get_submodule(source).parameters(recurse=False):  # weight and bias
+            parameter.div_(s if parameter.dim() == 1 else s.unsqueeze(1))
+        for name in readers:
+            model.parameter(f"{name}.weight").mul_(s)
+    model.touch()
+
+
+def _fixed(model: Model, source: str, readers: Sequence[str], chosen: Mapping[str, Encoding]) -> str | None:
+    """A tensor that a fold would have to change, and that an earlier step has stored for good; or None."""
+    own = [f"{source}.{name}" for name, _ in model.module.get_submodule(source).named_parameters(recurse=False)]
+    touched = [*own, *(f"{name}.weight" for name in readers)]
+    return next((name for name in touched if name in model.encoded and name not in chosen), None)
+
+
+def _second_moments(block: Block) -> dict[str, Tensor]:
+    """Σ xxᵀ over the calibration tokens, (m, m), per linear; those of a stage share one."""
+    from compress.numerics.hessian import Hessian
+
+    hessians = {names: Hessian(block.linears[names[0]].in_features) for names in block.stages}
+    block.observe(lambda names, X: hessians[names].add(X))
+    return {name: H for names, hessian in hessians.items() for H in (hessian.matrix,) for name in names}

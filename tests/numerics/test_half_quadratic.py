@@ -1,0 +1,125 @@
+"""Half-quadratic splitting against a slow plain version, and what it promises."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.encodings import Encoding
+from compress.errors import NumericalError
+from compress.numerics.affine import Grid, fit
+from compress.numerics.half_quadratic import BETA, KAPPA, _nearest, fit_half_quadratic, shrink
+
+P = 0.7
+
+
+def weights(seed: int, shape: tuple[int, ...] = (6, 3, 32)) -> torch.Tensor:
+    """Gaussian weights with a few outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(shape, generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.03, W * 5, W)
+
+
+def lp_error(W: torch.Tensor, grid: Grid, p: float = P) -> torch.Tensor:
+    return (W - grid.decode(grid.round(W))).abs().double().pow(p).sum(-1)
+
+
+def half(x: float) -> float:
+    return float(torch.tensor(x).half())
+
+
+def plain(w: list[float], encoding: Encoding, iterations: int) -> list[float]:
+    """The decoded weights of one group: equations of the source written out, in Python's float64."""
+    low, high = encoding.code_range
+    grid = fit(torch.tensor([[w]]), low, high, encoding.symmetric, None, search=False)
+    s, z = float(grid.scales), 0 if grid.zero_points is None else int(grid.zero_points)
+    unit, best, least = abs(s), [], float("inf")
+    for i in range(iterations):
+        codes = [min(max(round(x / s) + z, low), high) for x in w]
+        decoded = [(c - z) * s for c in codes]
+        error = sum(abs(x - y) ** P for x, y in zip(w, decoded))
+        if error < least:
+            best, least = decoded, error
+        target = []
+        for x, y in zip(w, decoded):
+            e = (x - y) / unit
+            size = abs(e) - abs(e) ** (P - 1) / (BETA * KAPPA**i) if e else 0.0
+            target.append(x - unit * (max(size, 0.0) if e > 0 else -max(size, 0.0)))
+        if not encoding.symmetric:
+            z = min(max(round(sum(c - t / s for c, t in zip(codes, target)) / len(w)), low), high)
+        centred = [c - z for c in codes]
+        s = half(sum(t * q for t, q in zip(target, centred)) / sum(q * q for q in centred))
+    return best
+
+
+@pytest.mark.parametrize("encoding", [Encoding("int4", 32, False), Encoding("int3", 32, False), Encoding("int4", 32)])
+def test_it_equals_a_slow_plain_version(encoding):
+    W = weights(0)
+    grid = fit_half_quadratic(W, *encoding.code_range, encoding.symmetric, P, 8)
+    found = grid.decode(grid.round(W)).flatten(0, 1)
+    expected = torch.tensor([plain(w, encoding, 8) for w in W.flatten(0, 1).tolist()])
+    # float32 against float64: a weight or a zero point on an edge may fall on either side in a group
+    assert ((found - expected).abs().amax(-1) < 1e-6).float().mean() > 0.85
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["int8", "int4", "int2"]), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_it_never_fits_worse_than_the_range_and_more_iterations_never_hurt(seed, name, symmetric):
+    W, code_range = weights(seed), Encoding(name, 32, symmetric).code_range
+    errors = [lp_error(W, fit(W, *code_range, symmetric, None, search=False))]
+    errors += [lp_error(W, fit_half_quadratic(W, *code_range, symmetric, P, n)) for n in (1, 5, 15)]
+    for earlier, later in zip(errors, errors[1:]):
+        assert (later <= earlier * (1 + 1e-5)).all()  # float32 against float64 sums
+    assert torch.equal(errors[0], errors[1])
+
+
+@pytest.mark.parametrize("symmetric,factor", [(False, 0.97), (True, 0.985)])
+def test_it_gains(symmetric, factor):
+    W, code_range = weights(1, (64, 4, 32)), Encoding("int4", 32, symmetric).code_range
+    covering, found = fit(W, *code_range, symmetric, None, False), fit_half_quadratic(W, *code_range, symmetric, P, 20)
+    assert lp_error(W, found).sum() < factor * lp_error(W, covering).sum()
+
+
+def test_the_nearest_grid_recovers_scales_and_zero_points():
+    codes = torch.randint(0, 16, (5, 3, 32), generator=torch.Generator().manual_seed(0)).float()
+    scales, zeros = torch.full((5, 3), 0.25).half(), torch.arange(15, dtype=torch.uint8).view(5, 3)
+    wanted = Grid(0, 15, scales, zeros)
+    found = _nearest(wanted.decode(codes), codes, Grid(0, 15, scales, torch.full_like(zeros, 7)))
+    assert found.zero_points is not None and torch.equal(found.zero_points, zeros)
+    found = _nearest(wanted.decode(codes), codes, Grid(0, 15, scales * 1.01, zeros))
+    assert torch.equal(found.scales, scales)
+
+
+@given(st.integers(0, 10**6), st.integers(-6, 6), st.booleans())
+@settings(deadline=None, max_examples=20)
+def test_scaling_the_weights_changes_no_code(seed, exponent, symmetric):
+    W, code_range = weights(seed), Encoding("int4", 32, symmetric).code_range
+    a, b = (fit_half_quadratic(w, *code_range, symmetric, P, 6) for w in (W, W * 2.0**exponent))
+    assert torch.equal(a.round(W), b.round(W * 2.0**exponent))
+    assert a.zero_points is None or (b.zero_points is not None and torch.equal(a.zero_points, b.zero_points))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zeros_stay_zeros(symmetric):
+    W = weights(2)
+    W[0, 0], W[:, :, ::3] = 0.0, 0.0
+    grid = fit_half_quadratic(W, *Encoding("int4", 32, symmetric).code_range, symmetric, P, 10)
+    assert not grid.decode(grid.round(W))[W == 0].any()
+
+
+def test_shrink_is_the_soft_threshold_at_one_and_minimizes():
+    x = torch.linspace(-2, 2, 41)
+    soft = x.sign() * (x.abs() - 1 / BETA).clamp(min=0)
+    assert torch.allclose(shrink(x, x.abs(), BETA), soft, atol=1e-6)
+    E = shrink(x, x.abs() ** P, BETA)
+    candidates = torch.linspace(-2, 2, 4001).unsqueeze(1)
+    values = candidates.abs() ** P + BETA / 2 * (candidates - x) ** 2
+    reached = E.abs() ** P + BETA / 2 * (E - x) ** 2
+    assert (reached - values.amin(0)).max() < 0.1 and (E.abs() <= x.abs()).all()  # an approximation for p < 1
+
+
+def test_non_finite_weights_are_refused():
+    W = weights(3)
+    W[1, 1, 1] = torch.inf
+    with pytest.raises(NumericalError, match="non-finite"):
+        fit_half_quadratic(W, 0, 15, False, P, 3)
