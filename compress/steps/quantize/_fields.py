@@ -47,7 +47,7 @@ class WeightQuantization(Step):
         """Refuse codebooks where the method has none, and fields that the chosen one would ignore."""
         asked = [e for e in (self.encoding, *self.keep.values(), self.embeddings) if e in CODEBOOK_BITS]
         if asked and not self.codebooks:
-            raise RecipeError(f"{self.name} chooses integer codes, not {asked[0]}'s; use quantize.rtn or quantize.awq")
+            raise RecipeError(f"{self.name} chooses integer codes, not {asked[0]}'s; use quantize.rtn, gptq or awq")
         if self.encoding in CODEBOOK_BITS and not self.symmetric:
             raise RecipeError(f"symmetric: {self.encoding} is a codebook without zero points; leave it true")
         if self.encoding == "mxfp4" and self.group_size != MX_GROUP:

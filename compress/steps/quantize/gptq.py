@@ -15,7 +15,7 @@ from pydantic import Field
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError
 from compress.interfaces import Context
-from compress.steps.quantize._fields import WeightQuantization, refuse_encoded, round_to_nearest
+from compress.steps.quantize._fields import WeightQuantization, fit_grid, refuse_encoded, round_to_nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compress.blocks import Block
     from compress.model import Model
     from compress.numerics.affine import Grid
+    from compress.numerics.codebook import CodebookGrid
 
 COLUMNS_AT_ONCE = 64  # columns whose errors are carried inside a block before one product updates the rest
 
@@ -37,6 +38,7 @@ class Gptq(WeightQuantization):
     name: ClassVar[str] = "quantize.gptq"
     version: ClassVar[int] = 2
     uses_calibration: ClassVar[bool] = True
+    codebooks: ClassVar[bool] = True
 
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
     range: Literal["minmax", "mse"] = "mse"
@@ -84,7 +86,7 @@ class Gptq(WeightQuantization):
                 by_encoding.setdefault(chosen[tensor], []).append(tensor)
         for encoding, tensors in by_encoding.items():
             weights = [model.parameter(t).detach() for t in tensors]
-            if not encoding.is_affine:
+            if not encoding.is_coded:
                 for t, W in zip(tensors, weights):
                     model.store(t, round_to_nearest(t, W, encoding, search=False))
                 continue
@@ -113,7 +115,6 @@ def solve(
     """
     import torch
 
-    from compress.numerics.affine import fit
     from compress.numerics.hessian import damped_inverse_cholesky
 
     n, m = W.shape
@@ -125,15 +126,15 @@ def solve(
     W[dead] = 0.0  # a channel that never fires contributes nothing (as in the paper's code)
     importance = H.diagonal().clone()
     U = damped_inverse_cholesky(H, dampening)
-    codes = torch.empty(m, n, dtype=torch.int8 if encoding.symmetric else torch.uint8)
+    codes = torch.empty(m, n, dtype=torch.int8 if encoding.signed else torch.uint8)
     errors = torch.empty(COLUMNS_AT_ONCE, n)
-    grids: list[Grid] = []
+    grids: list[Grid | CodebookGrid] = []
     for start, stop in _batches(m, size):
         for j in range(start, stop):
             if j % size == 0:
                 group = W[j : j + size] if kept is None else W[j : j + size] * kept[j : j + size]
                 h = importance[j : j + size].unsqueeze(0)
-                grids.append(fit(group.T.unsqueeze(1), *encoding.code_range, encoding.symmetric, h, search))
+                grids.append(fit_grid(group.T.unsqueeze(1), encoding, h, search))
             grid, w = grids[-1], W[j].view(n, 1, 1)
             code = grid.round(w)
             if kept is not None:
