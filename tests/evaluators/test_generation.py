@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from compress import plugin
 from compress.errors import GateInconclusive, RecipeError
 from compress.gate import Gate
-from compress.interfaces import Context, Example, Score
+from compress.interfaces import Context, Example
 from compress.measure import evaluate, measure
 from compress.model import Model
 from compress.numerics.repetition import distinct_share, loops
