@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,44 +87,56 @@ def measure(
     for reading, not for deciding. Those of a fixed set have no width.
     Raises GateInconclusive where there is nothing finite to report.
     """
-    new: list[Score] = []
-    old: list[Score] = []
-    clusters: list[str] = []
+    scored = _Scored([], [], [])
     total = windows or len(data.documents)
     for batch in score_examples(evaluator, model, data, windows):
         if evaluator.relative:
-            new += evaluator.score(model, batch, reference)
+            scored.new += evaluator.score(model, batch, reference)
         else:
-            new += cached_scores(evaluator, model, data, batch, cache)
+            scored.new += cached_scores(evaluator, model, data, batch, cache)
             if reference is not None:
-                old += cached_scores(evaluator, reference, data, batch, cache)
-        clusters += [example.cluster for example in batch]
-        progress(f"{evaluator.name} on {data.source}", min(1.0, len(set(clusters)) / total))
-    weights = by_cluster(clusters, np.array([s.weight for s in new]))
+                scored.old += cached_scores(evaluator, reference, data, batch, cache)
+        scored.clusters += [example.cluster for example in batch]
+        progress(f"{evaluator.name} on {data.source}", min(1.0, len(set(scored.clusters)) / total))
+    return _summary(evaluator, data.source, scored)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Scores of a model and, where there is one to subtract, of its reference, with the clusters of both."""
+
+    new: list[Score]
+    old: list[Score]
+    clusters: list[str]
+
+
+def _summary(evaluator: Evaluator, source: str, scored: _Scored) -> Metric:
+    """The metric over all scores, with its interval, and the loss against the reference's."""
+    weights = by_cluster(scored.clusters, np.array([s.weight for s in scored.new]))
     if not len(weights) or not weights.sum():
-        raise GateInconclusive(f"{evaluator.name} on {data.source}: no token was scored; give longer documents")
-    totals = by_cluster(clusters, np.array([s.total for s in new]))
+        raise GateInconclusive(f"{evaluator.name} on {source}: no token was scored; give longer documents")
+    totals = by_cluster(scored.clusters, np.array([s.total for s in scored.new]))
     if not np.isfinite(totals).all():
-        raise GateInconclusive(f"{evaluator.name} on {data.source}: the model's scores are not finite")
+        raise GateInconclusive(f"{evaluator.name} on {source}: the model's scores are not finite")
     exact = evaluator.statistic == "census"  # a fixed set, looked at whole: no sampling error
     mean, half = _ratio(totals, weights, exact)
     against = None
-    if old:
-        loss, half_loss = _ratio(totals - by_cluster(clusters, np.array([s.total for s in old])), weights, exact)
+    if scored.old:
+        olds = by_cluster(scored.clusters, np.array([s.total for s in scored.old]))
+        loss, half_loss = _ratio(totals - olds, weights, exact)
         against = {"loss": loss, "lower": loss - half_loss, "upper": loss + half_loss}
 
     def value(x: float) -> float:
         return evaluator.value([Score("", x, 1.0)])
 
     low, high = sorted((value(mean - half), value(mean + half)))  # accuracy falls as wrong answers rise
-
     return Metric(
         metric=evaluator.name,
         unit=evaluator.unit,
-        source=data.source,
+        source=source,
         value=value(mean),
         interval=(low, high),
-        examples=len(new),
+        examples=len(scored.new),
         tokens=round(float(weights.sum())),
         definition=evaluator.definition,
         against=against,
