@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ def measure(
     for reading, not for deciding. Those of a fixed set have no width.
     Raises GateInconclusive where there is nothing finite to report.
     """
-    scored = _Scored([], [], [])
+    scored = _Scored()
     total = windows or len(data.documents)
     for batch in score_examples(evaluator, model, data, windows):
         if evaluator.relative:
@@ -101,13 +101,13 @@ def measure(
     return _summary(evaluator, data.source, scored)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Scored:
     """Scores of a model and, where there is one to subtract, of its reference, with the clusters of both."""
 
-    new: list[Score]
-    old: list[Score]
-    clusters: list[str]
+    new: list[Score] = field(default_factory=list)
+    old: list[Score] = field(default_factory=list)
+    clusters: list[str] = field(default_factory=list)
 
 
 def _summary(evaluator: Evaluator, source: str, scored: _Scored) -> Metric:
