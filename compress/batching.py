@@ -4,26 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-WASTE = 1.08  # padded size of a batch over its tokens; a product gains little from more rows than some 60
+WASTE = 0.08  # of a batch's tokens that may be padding
+SPARE = 48  # tokens of padding that cost less than a pass of their own: each reads all weights once
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices in batches of similar length, shortest first.
 
-    Padded to its longest member, a batch holds at most `budget` tokens, and at most `WASTE` times those that its
-    members have; a member that is longer than the budget is alone.
+    Padded to its longest member, a batch holds at most `budget` tokens, of which padding is no more than `SPARE`
+    or `WASTE` times what its members have; a member that is longer than the budget is alone.
 
-    >>> batches([10, 100, 11, 99, 300], 256)
+    >>> batches([10, 100, 20, 99, 300], 256)
     [[0, 2], [3, 1], [4]]
     """
     found: list[list[int]] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         padded = (len(found[-1]) + 1) * lengths[i] if found else 0
-        if found and padded <= budget and padded <= WASTE * (tokens + lengths[i]):
+        padding = padded - tokens - lengths[i]
+        if found and padded <= budget and padding <= max(SPARE, WASTE * (tokens + lengths[i])):
             found[-1].append(i)
             tokens += lengths[i]
         else:
             found.append([i])
             tokens = lengths[i]
+    return found
+
+
+def consecutive(lengths: Sequence[int], budget: int) -> list[range]:
+    """Indices in runs of at most `budget` tokens (at least one member each), in order.
+
+    >>> consecutive([3, 3, 9, 1, 1], 6)
+    [range(0, 2), range(2, 3), range(3, 5)]
+    """
+    found: list[range] = []
+    tokens = 0
+    for i, length in enumerate(lengths):
+        if found and tokens + length <= budget:
+            found[-1] = range(found[-1].start, i + 1)
+            tokens += length
+        else:
+            found.append(range(i, i + 1))
+            tokens = length
     return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.batching import batches
+from compress.batching import batches, consecutive
 from compress.errors import Corrupt, RecipeError
 from export import _onnx_file
 from export._chat import render
@@ -97,7 +97,8 @@ class OnnxModel:
         """
         import torch
 
-        for part in _together(windows):
+        for run in consecutive([len(window) for window in windows], TOKENS_PER_RUN):
+            part = windows[run.start : run.stop]
             found: dict[int, np.ndarray] = {}
             for batch in batches([len(window) for window in part], TOKENS_PER_RUN):
                 logits = self._prefill([part[i] for i in batch])
@@ -196,18 +197,6 @@ def _cache_names(layers: int) -> Iterator[tuple[str, str]]:
     for layer in range(layers):
         for part in ("key", "value"):
             yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
-
-
-def _together(windows: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
-    """Consecutive windows of at most TOKENS_PER_RUN tokens (at least one each): their logits are held at a time."""
-    start, tokens = 0, 0
-    for i, window in enumerate(windows):
-        if i > start and tokens + len(window) > TOKENS_PER_RUN:
-            yield windows[start:i]
-            start, tokens = i, 0
-        tokens += len(window)
-    if start < len(windows):
-        yield windows[start:]
 
 
 def _session(path: Path) -> Any:
