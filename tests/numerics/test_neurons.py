@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from compress.errors import NumericalError
 from compress.numerics.counts import kept_width
-from compress.numerics.neurons import channel_scores, compensated, highest, least_missed
+from compress.numerics.neurons import channel_scores, compensated, highest
 
 
 def problem(seed: int, n: int = 6, m: int = 20, tokens: int = 90) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,40 +72,7 @@ def test_a_duplicated_channel_costs_nothing():
     torch.testing.assert_close(X[:, kept] @ V.T, X @ W.T, rtol=1e-3, atol=1e-2)  # float32 sums of 20 products
 
 
-def slow_least_missed(W: torch.Tensor, X: torch.Tensor, count: int, ridge: float) -> list[int]:
-    """Removes the channel whose removal, once solved for, leaves the smallest loss; every candidate is tried."""
-    H = X.double().T @ X.double()
-    H += ridge * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
-    left = list(range(len(H)))
-    while len(left) > count:
-        losses = []
-        for j in left:
-            kept = [i for i in left if i != j]
-            V = torch.zeros_like(W, dtype=torch.float64)
-            V[:, kept] = torch.linalg.solve(H[kept][:, kept], H[kept] @ W.double().T).T
-            losses.append(float(((W - V) @ H * (W - V)).sum()))
-        left.pop(losses.index(min(losses)))
-    return left
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("count", "ridge"), [(19, 0.01), (12, 0.01), (4, 0.2)])
-def test_the_least_missed_go_one_by_one(seed, count, ridge):
-    W, X = problem(seed)
-    assert least_missed(W, X.T @ X, count, ridge).tolist() == slow_least_missed(W, X, count, ridge)
-
-
-def test_of_two_channels_that_say_the_same_one_stays():
-    W, X = problem(3)
-    X[:, 3] = X[:, 7]
-    kept = least_missed(W, X.T @ X, 19, 1e-6).tolist()
-    assert (3 in kept) != (7 in kept)
-    assert {3, 7} & set(least_missed(W, X.T @ X, 15, 1e-6).tolist())
-
-
 def test_an_indefinite_matrix_is_refused():
     W, X = problem(2)
     with pytest.raises(NumericalError, match="raise ridge"):
         compensated(W, -(X.T @ X), torch.arange(10), 0.01)
-    with pytest.raises(NumericalError, match="raise ridge"):
-        least_missed(W, -(X.T @ X), 10, 0.01)

@@ -256,11 +256,11 @@ def nll(model: Model, evaluation: list[torch.Tensor]) -> float:
 
 @pytest.mark.model
 def test_sparsegpt_beats_wanda_beats_magnitude_on_the_real_model(real_baseline, real_model):
-    calibration = real_windows(real_baseline, 4, 512)
+    calibration = real_windows(real_baseline, 8, 512)
     evaluation = real_windows(real_baseline, 3, 256, skip=5000)
     losses = {
         name: nll(pruned(name, model=real_model(), calibration=calibration, sparsity=0.5), evaluation) for name in STEPS
     }
-    # measured: 3.8 (wanda) against 5.7 nats (magnitude); far above the noise of 765 paired tokens
+    # measured: 2.81, then 3.66, 3.77 and 5.7 nats (magnitude) over 765 paired tokens
     assert nll(real_baseline, evaluation) < losses["prune.sparsegpt"] < losses["prune.wanda"] - 0.05, losses
     assert losses["prune.wanda"] < losses["prune.magnitude"] - 0.5, losses

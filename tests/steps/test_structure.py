@@ -15,7 +15,6 @@ from compress.model import Model
 from compress.plugin import exporter, step
 from compress.steps.prune.layers import block_influence
 from tests.export import test_gguf, test_onnx
-from tests.steps import test_prune
 from tests.tiny import tiny_model
 
 WINDOW = [3, 77, 201, 12, 50, 9]
@@ -254,20 +253,3 @@ def test_non_finite_states_name_the_block():
     model.parameter("model.layers.1.mlp.down_proj.weight").data[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="model.layers.1: non-finite"):
         reshaped(*SHORTER, model=model)
-
-
-# --- the real model ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.model
-def test_the_update_heals_narrowed_mlps_of_the_real_model(real_baseline, real_model):
-    calibration = test_prune.real_windows(real_baseline, 8, 512)
-    evaluation = test_prune.real_windows(real_baseline, 3, 256, skip=5000)
-    losses = {}
-    for update in (False, True):
-        model = real_model()
-        chosen = step("prune.neurons")(fraction=0.125, update=update)
-        chosen.apply(model, Context(seed=0, calibration=calibration))
-        assert model.facts.sizes["mlp"] == 1344
-        losses[update] = test_prune.nll(model, evaluation)
-    assert test_prune.nll(real_baseline, evaluation) < losses[True] < losses[False] - 0.05, losses

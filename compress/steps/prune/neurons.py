@@ -1,4 +1,4 @@
-"""Narrower MLPs: inner channels that are missed least go, and the output projection makes up for them."""
+"""Narrower MLPs: inner channels that add least are removed, and the output projection makes up for them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 
 class Neurons(Step):
-    """Remove, in every block alike, at most the `fraction` of the MLP's inner channels that is missed least.
+    """Remove, in every block alike, at most the `fraction` of the MLP's inner channels that add least.
 
-    Judged by the output of the projection that reads them (down_proj) on the calibration tokens. Blocks are
-    narrowed in order, each fed by the narrowed ones before it.
+    A channel's worth is ‖W_:j‖₂ · ‖X_j‖₂, with W the output projection (down_proj) and X its inputs over the
+    calibration tokens. Blocks are narrowed in order, each fed by the narrowed ones before it.
     round_to: the width left is a multiple of it, rounded up, as group sizes and kernels need.
-    update: channels go one by one, the other weights of the projection making up for each (least squares with a
-    ridge towards their old values: Kurtic et al. 2023, arXiv:2302.04089). Without it no weight changes, and those go
-    whose ‖W_:j‖₂ · ‖X_j‖₂ is smallest. ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
+    update: the output projection's other weights are set by least squares to come nearest to its old output,
+    with a ridge towards their old values. ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
     """
 
     name: ClassVar[str] = "prune.neurons"
@@ -95,15 +94,13 @@ class Neurons(Step):
 
     def _choose(self, tensor: str, W: Tensor, H: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Positions of the channels that stay, and the reading linear's weights for them."""
-        from compress.numerics.neurons import channel_scores, compensated, highest, least_missed
+        from compress.numerics.neurons import channel_scores, compensated, highest
         from compress.steps.prune._record import require_finite
 
-        scores = require_finite(channel_scores(W, H), tensor, self.name)
+        kept = highest(require_finite(channel_scores(W, H), tensor, self.name), width)
         if not self.update:
-            kept = highest(scores, width)
             return kept, W[:, kept]
         try:
-            kept = least_missed(W, H, width, self.ridge)
             return kept, require_finite(compensated(W, H, kept, self.ridge), tensor, self.name)
         except NumericalError as error:
             raise NumericalError(f"{tensor}: {error}") from None
