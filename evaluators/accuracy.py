@@ -212,7 +212,7 @@ def _refutes(right: int, asked: int, chance: float) -> bool:
 
     The exact binomial test: it rejects just if the lower bound of Clopper and Pearson exceeds `chance`.
 
-    >>> _refutes(36, 50, 0.59), _refutes(35, 50, 0.59), _refutes(0, 0, 0.59)
+    >>> _refutes(24, 32, 0.59), _refutes(23, 32, 0.59), _refutes(0, 0, 0.59)
     (True, False, False)
     """
     tail = sum(math.comb(asked, i) * chance**i * (1 - chance) ** (asked - i) for i in range(right, asked + 1))

@@ -285,17 +285,17 @@ def asked_of(rates):
 
 
 def test_a_group_counts_where_the_reference_exceeds_chance_by_three_margins():
-    data, reference, seen = asked_of({"good": 1.0, "enough": 0.72, "short": 0.70, "chance": 0.5})
+    data, reference, seen = asked_of({"good": 1.0, "enough": 24 / 32, "short": 23 / 32, "chance": 0.5})
     kept, figures = CHECK.comparable(data, reference)
     assert {_choices.group_of(name) for name, _ in kept.documents} == {"good", "enough"}
-    assert len(kept.documents) == 2 * 50
+    assert len(kept.documents) == 2 * (100 - 32)
     assert not {name for name, _ in kept.documents} & {name for name, _ in seen}  # no cluster serves both
-    assert len(seen) == 4 * 50
+    assert len(seen) == 4 * 32
     assert figures == {
         "baseline on chance (not counted)": 0.5,
-        "baseline on enough": 0.72,
+        "baseline on enough": 24 / 32,
         "baseline on good": 1.0,
-        "baseline on short (not counted)": 0.7,
+        "baseline on short (not counted)": 23 / 32,
     }
     wider, _ = Accuracy(max_drop=5.0).comparable(data, reference)  # 0.65 is to be exceeded now
     assert {_choices.group_of(name) for name, _ in wider.documents} == {"good"}
@@ -303,7 +303,7 @@ def test_a_group_counts_where_the_reference_exceeds_chance_by_three_margins():
 
 def test_a_task_at_chance_is_invalid_and_says_why(baseline, liked):
     data, reference, _ = asked_of({"chance": 0.5})
-    with pytest.raises(GateInconclusive, match=r"not proven to exceed 59% .* on anything: chance 50% of 50"):
+    with pytest.raises(GateInconclusive, match=r"not proven to exceed 59% .* on anything: chance 50% of 32"):
         CHECK.comparable(data, reference)
     rng = random.Random(0)
     mixed = [rng.choice(pair) for pair in zip(liked, made("liked", baseline, 1200, flipped=True))]
@@ -407,7 +407,7 @@ def test_attempts_and_other_sources_make_it_stricter(baseline, liked):
 
 
 def test_clusters_are_the_units(baseline):
-    few = made("liked", baseline, 50 + 49)
+    few = made("liked", baseline, 32 + 49)
     result = judge(sources_of(few), perturbed(baseline, 0.1), baseline)
     assert result.verdict == "INVALID" and "49 examples, and at least 50 are needed" in result.definition
     assert result.examples == 98
