@@ -97,12 +97,12 @@ def measure(
     clusters: list[str] = []
     total = windows or len(data.documents)
     for batch in score_examples(evaluator, model, data, windows):
-        if evaluator.relative:
+        if evaluator.relative or (evaluator.statistic == "census" and reference is not None):
             new += evaluator.score(model, batch, reference)
         else:
             new += cached_scores(evaluator, model, data, batch, cache)
-            if reference is not None:
-                old += cached_scores(evaluator, reference, data, batch, cache)
+        if reference is not None and not evaluator.relative:
+            old += cached_scores(evaluator, reference, data, batch, cache)
         clusters += [example.cluster for example in batch]
         progress(f"{evaluator.name} on {data.source}", min(1.0, len(set(clusters)) / total))
     weights = by_cluster(clusters, np.array([s.weight for s in new]))
