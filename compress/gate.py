@@ -251,7 +251,8 @@ class Trial:
             old = []
         else:
             old = cached_scores(self.check, view(self.reference), self.data, batch, cache)
-            new = self.check.score(view(self.model), batch)
+            judge = view(self.reference) if self.check.statistic == "census" else None
+            new = self.check.score(view(self.model), batch, judge)
             _match(old, ids, "the reference")
             if [s.weight for s in old] != [s.weight for s in new]:
                 raise _Invalid("model and reference were scored on different numbers of positions")

@@ -243,8 +243,9 @@ class Evaluator(Plugin, ABC):
         self, model: LanguageModel, batch: Sequence[Example], reference: LanguageModel | None = None
     ) -> list[Score]:
         """Scores of a batch, in its order. The loss of an example is its total minus the reference's total;
-        a `relative` evaluator is given the reference and returns the loss itself. Raises GateInconclusive
-        where the model cannot be asked.
+        a `relative` evaluator is given the reference and returns the loss itself; a census is given it to judge
+        what the model writes, and judges the reference's own scores without. Raises GateInconclusive where the
+        model cannot be asked.
         """  # noqa: D205
         raise TypeError(f"{self.name} scores no examples")
 

@@ -90,12 +90,12 @@ def measure(
     scored = _Scored()
     total = windows or len(data.documents)
     for batch in score_examples(evaluator, model, data, windows):
-        if evaluator.relative:
+        if evaluator.relative or (evaluator.statistic == "census" and reference is not None):
             scored.new += evaluator.score(model, batch, reference)
         else:
             scored.new += cached_scores(evaluator, model, data, batch, cache)
-            if reference is not None:
-                scored.old += cached_scores(evaluator, reference, data, batch, cache)
+        if reference is not None and not evaluator.relative:
+            scored.old += cached_scores(evaluator, reference, data, batch, cache)
         scored.clusters += [example.cluster for example in batch]
         progress(f"{evaluator.name} on {data.source}", min(1.0, len(set(scored.clusters)) / total))
     return _summary(evaluator, data.source, scored)

@@ -20,26 +20,27 @@ from evaluators._windows import Percent
 SPAN, LONGEST = 24, 12  # an answer that ends on 24 tokens of a loop of at most 12 will not leave it
 GRAM, LEAST_DISTINCT = 4, 0.5  # half of the 4-grams seen before: whole sentences come again
 MEANINGFUL = 16  # tokens, below which a repetition may well be what was asked for
+# Nats per token that the reference gives an answer. SmolLM2-135M gives other people's English 3, the answers of its
+# int8, int4 and int3 roundings at most 0.9, 1.1 and 2.7, and those of int2, a salad of words, 9 to 11 (4 prompts each).
+SALAD = 5.0
 SHOWN = 6
 
 
 class Generation(Census):
-    """Answers to fixed prompts, greedily decoded, that collapse: empty, or caught in a repetition.
+    """Answers to fixed prompts, greedily decoded, that collapse: empty, caught in a repetition, or a salad.
 
     The reference's collapsed answers are counted too, since small models collapse by themselves: the loss is
-    the difference. Every model is asked through its own chat template, in its own runtime.
-
-    Text that never repeats is no collapse, however senseless: SmolLM2-135M rounded to int2 writes a salad of words
-    that passes here (4 prompts of 32 tokens, none collapsed; 60 % magnitude pruning collapses on all 4). Perplexity
-    and divergence see that, so that this check stands beside them, never alone.
+    the difference. Every model is asked through its own chat template, in its own runtime; whether an answer
+    makes sense is judged by the reference, as a fluent reader of its own language.
     """
 
     name: ClassVar[str] = "generation"
     unit: ClassVar[str] = "fraction"
     definition: ClassVar[str] = (
         "fraction of the greedy answers to fixed prompts (through the chat template, where there is one) that "
-        f"collapse: no text at all, the last {SPAN} tokens a loop of at most {LONGEST}, or fewer than half of the "
-        f"{GRAM}-grams distinct; the loss is that fraction less the reference's, on these prompts and no others."
+        f"collapse: no text at all, the last {SPAN} tokens a loop of at most {LONGEST}, fewer than half of the "
+        f"{GRAM}-grams distinct, or more than {SALAD:.0f} nats per token under the reference; the loss is that "
+        "fraction less the reference's own, on these prompts and no others."
     )
     minimum_examples: ClassVar[int] = 8
     margin_fields: ClassVar[frozenset[str]] = frozenset({"max_collapsed"})
@@ -78,7 +79,8 @@ class Generation(Census):
         """1 for a collapsed answer, 0 for another, NaN where the model's logits on it are not finite.
 
         positions: the answer's tokens. extra: whether it ended by itself, and the nats per token that the model
-        gives it in one pass, in which different weights differ even where their answers do not.
+        (`nats`) and its judge, the reference or else the model, give it in one pass: in them different weights
+        differ even where their answers do not.
         """
         longest = max((len(e.payload) for e in batch), default=0) + self.max_new_tokens
         if longest > model.context_length:
@@ -87,15 +89,10 @@ class Generation(Census):
                 f"{model.context_length}"
             )
         answers = [tuple(model.generate(e.payload, self.max_new_tokens)) for e in batch]
-        nll = _nats_per_token(model, [e.payload for e in batch], answers)
-        scores = []
-        for example, answer, nats in zip(batch, answers, nll, strict=True):
-            ended = answer[-1:] != () and answer[-1] in model.eos_ids
-            written = answer[:-1] if ended else answer
-            collapsed = float(_collapsed(written, model.decode(written))) if math.isfinite(nats) else math.nan
-            extra = {"ended": float(ended), "nats": nats}
-            scores.append(Score(example.id, collapsed, 1.0, extra, tuple(map(float, answer))))
-        return scores
+        prompts = [e.payload for e in batch]
+        own = _nats_per_token(model, prompts, answers)
+        judged = own if reference is None else _nats_per_token(reference, prompts, answers)
+        return [_score(model, *row) for row in zip(batch, answers, own, judged, strict=True)]
 
     def display(self, loss: float) -> str:
         """The loss in percentage points of collapsed answers.
@@ -121,6 +118,7 @@ class Generation(Census):
             found["reference's tokens before the first difference"] = sum(kept) / len(kept)
         for whose, some in (("", scores), ("reference's ", reference)):
             if some:
+                found[f"{whose}nats per token under the reference"] = sum(s.extra["judged"] for s in some) / len(some)
                 found[f"{whose}answers that ended"] = sum(s.extra["ended"] for s in some) / len(some)
                 found[f"{whose}tokens per answer"] = sum(len(s.positions) for s in some) / len(some)
                 found[f"{whose}distinct {GRAM}-grams"] = sum(distinct_share(_ids(s), GRAM) for s in some) / len(some)
@@ -140,6 +138,15 @@ class Generation(Census):
             Sample(example.id, texts[example.id], decode(_ids(theirs)), decode(_ids(ours)), _note(theirs, ours))
             for example, ours, theirs in ranked[:SHOWN]
         ]
+
+
+def _score(model: LanguageModel, example: Example, answer: tuple[int, ...], own: float, judged: float) -> Score:
+    ended = answer[-1] in model.eos_ids
+    written = answer[:-1] if ended else answer
+    collapsed = _collapsed(written, model.decode(written)) or judged > SALAD
+    total = float(collapsed) if math.isfinite(own) and math.isfinite(judged) else math.nan
+    extra = {"ended": float(ended), "nats": own, "judged": judged}
+    return Score(example.id, total, 1.0, extra, tuple(map(float, answer)))
 
 
 def _collapsed(tokens: Sequence[int], text: str) -> bool:

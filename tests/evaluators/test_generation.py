@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from compress import plugin
 from compress.errors import GateInconclusive, RecipeError
 from compress.gate import Gate
-from compress.interfaces import Context, Example
+from compress.interfaces import Context, Example, Score
 from compress.measure import evaluate, measure
 from compress.model import Model
 from compress.numerics.repetition import distinct_share, loops
@@ -151,6 +151,16 @@ def test_a_looping_model_fails_and_both_are_told(baseline):
     assert "no others" in found.definition
 
 
+def test_a_salad_of_words_collapses_under_the_reference_although_it_never_repeats(baseline):
+    other = varied(seed=1)
+    found = judge(other, baseline)
+    assert judge(other, varied(seed=1)).value == 0.0  # by itself it finds nothing wrong
+    assert found.verdict == "FAIL" and found.reference == 0.0
+    assert found.details["distinct 4-grams"] > 0.9
+    nats = "nats per token under the reference"
+    assert found.details[nats] > 5 > found.details[f"reference's {nats}"]
+
+
 def test_the_same_weights_keep_every_answer(baseline):
     found = judge(varied(), baseline)
     assert (found.verdict, found.loss, found.upper) == ("PASS", 0.0, 0.0)
@@ -238,18 +248,18 @@ def test_eval_needs_no_windows_and_knows_losses(baseline):
 # --- the real model ------------------------------------------------------------------------------------------
 
 
-def test_heavy_pruning_collapses_where_int8_does_not(real_baseline, real_model):
-    check = Generation(max_collapsed="10%", prompts=8, max_new_tokens=32)
+def test_int2_collapses_more_than_int8(real_baseline, real_model):
+    check = Generation(max_collapsed="10%", prompts=8, max_new_tokens=24)
     (data,) = check.sources([])
     part = replace(data, documents=data.documents[:4])  # all of them would take a minute
-    steps = {"quantize.rtn": {"encoding": "int8"}, "prune.magnitude": {"sparsity": 0.6}}
-    collapsed: dict[str, float] = {}
-    for name, fields in steps.items():
+    collapsed: dict[str, list[Score]] = {}
+    for encoding in ("int8", "int2"):
         model = real_model()
-        plugin.step(name)(**fields).apply(model, Context(seed=0))
+        plugin.step("quantize.rtn")(encoding=encoding, group_size=32).apply(model, Context(seed=0))
         model.touch()
-        collapsed[name] = check.value(check.score(model, check.examples(part, check.encoder(model))))
+        collapsed[encoding] = check.score(model, check.examples(part, check.encoder(model)), real_baseline)
         model.close()
-    assert collapsed["quantize.rtn"] == 0.0  # as the baseline
-    assert collapsed["prune.magnitude"] >= 0.75
+    assert check.value(collapsed["int8"]) == 0.0 and check.value(collapsed["int2"]) == 1.0
+    judged = {name: [s.extra["judged"] for s in scores] for name, scores in collapsed.items()}
+    assert max(judged["int8"]) < 2 and min(judged["int2"]) > 7  # on both sides of 5, and far from it
     assert real_baseline.encode_chat("Hi") != real_baseline.encode("Hi")  # asked through its own template
