@@ -17,7 +17,30 @@ from compress.errors import CompressError, NumericalError, RecipeError
 from compress.numerics.affine import finite
 
 ROWS_OF_HEAD = 256  # of logits at a time: 50 MB at 49,152 tokens of vocabulary
+RECALLED_BYTES = 96 * 2**20  # of hidden states: 40,000 tokens at a width of 576
 _NOT_CONTENT = ("_name_or_path", "transformers_version", "architectures", "dtype")  # entries that change no output
+
+
+class Recalled:
+    """Final hidden states by window, for a model that is asked for the same text again and again.
+
+    They take a hundredth of their logits' room, and the head alone turns them into logits. The first that come are
+    kept, up to `RECALLED_BYTES`; whoever opens the very same model again may go on with them.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[tuple[int, ...], Tensor] = {}
+        self._free = RECALLED_BYTES
+
+    def get(self, window: Sequence[int]) -> Tensor | None:
+        """The states of a window, (length, width), or None."""
+        return self._states.get(tuple(window))
+
+    def put(self, window: Sequence[int], states: Tensor) -> None:
+        """Keep the states of a window while there is room."""
+        if states.nbytes <= self._free and tuple(window) not in self._states:
+            self._states[tuple(window)] = states
+            self._free -= states.nbytes
 
 
 class Model:
@@ -26,6 +49,7 @@ class Model:
     module: float32 transformers model in eval mode; the float32 weight of an encoded tensor always equals
     the decoded encoding. encoded, masks: by tensor name, as in `named_parameters`. dtype: of matrix products
     in evaluation ("float32" or "bfloat16"); weights stay float32. name: for people, never part of the digest.
+    recalled: set where the same windows will be asked for again.
     """
 
     def __init__(
@@ -44,6 +68,7 @@ class Model:
         self.masks: dict[str, Tensor] = {}
         self.dtype = dtype
         self.tokens_per_batch = tokens_per_batch  # bounds activations: a few MB per 100 tokens
+        self.recalled: Recalled | None = None
         self._digest: str | None = None
 
     # --- stored form -------------------------------------------------------------------------------------
@@ -75,8 +100,9 @@ class Model:
         self.touch()
 
     def touch(self) -> None:
-        """Forget the digest: weights have changed."""
+        """Forget the digest and what was computed: weights have changed."""
         self._digest = None
+        self.recalled = None
 
     def tensors(self) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
         """Every stored tensor once, in module order; a head tied to the embedding is left out."""
@@ -157,19 +183,29 @@ class Model:
         reach an earlier position. Only hidden states are kept; the head runs over some windows at a time.
         """
         hidden: dict[int, Tensor] = {}
-        for batch in batches([len(w) for w in windows], self.tokens_per_batch):
-            width = max(len(windows[i]) for i in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            for row, i in enumerate(batch):
-                ids[row, : len(windows[i])] = torch.tensor(windows[i])
-            with self._autocast():
-                states = self.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            hidden.update((i, states[row, : len(windows[i])].clone()) for row, i in enumerate(batch))
+        if self.recalled is not None:
+            hidden = {i: known for i, w in enumerate(windows) if (known := self.recalled.get(w)) is not None}
+        missing = [i for i in range(len(windows)) if i not in hidden]
+        for batch in batches([len(windows[i]) for i in missing], self.tokens_per_batch):
+            hidden |= self._hidden(windows, [missing[k] for k in batch])
         head = self.module.get_output_embeddings()
         for run in consecutive([len(w) for w in windows], ROWS_OF_HEAD):
             with self._autocast():
                 rows = head(torch.cat([hidden.pop(i) for i in run])).float()
             yield from torch.split(rows, [len(windows[i]) for i in run])
+
+    def _hidden(self, windows: Sequence[Sequence[int]], batch: Sequence[int]) -> dict[int, Tensor]:
+        """Final hidden states, (length, width) each, of the windows with these indices."""
+        ids = torch.zeros(len(batch), max(len(windows[i]) for i in batch), dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, : len(windows[i])] = torch.tensor(windows[i])
+        with self._autocast():
+            states = self.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        found = {i: states[row, : len(windows[i])].clone() for row, i in enumerate(batch)}
+        if self.recalled is not None:
+            for i, state in found.items():
+                self.recalled.put(windows[i], state)
+        return found
 
     @torch.inference_mode()
     def decode_logits(self, window: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ from compress.store import Store, key_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.model import Model
+    from compress.model import Model, Recalled
 
 BASELINE_DOCUMENTS = 100  # of each source, for the baseline's own figures
 
@@ -47,6 +47,7 @@ class Workbench:
     baseline: Path = Path()
     assays: dict[str, list[Assay]] = field(default_factory=dict)  # settings of a check → its assays
     _open: dict[str, Model] = field(default_factory=dict)  # artifact path → model, the latest two
+    _recalled: Recalled | None = None  # of the baseline, which may be closed and opened again
 
     def open_baseline(self) -> Baseline:
         """Open the recipe's model, or the store's copy of it, and measure its own figures."""
@@ -120,6 +121,8 @@ class Workbench:
 
     def model(self, folder: Path) -> Model:
         """An artifact opened; the baseline stays, and one other."""
+        from compress.model import Recalled
+
         name = str(folder)
         if name not in self._open:
             for other in [k for k in self._open if k != str(self.baseline)]:
@@ -129,6 +132,8 @@ class Workbench:
             except Corrupt as error:
                 self.store.quarantine(folder, error)
                 raise
+            if folder == self.baseline:  # every gate asks it for the same documents
+                self._recalled = self._open[name].recalled = self._recalled or Recalled()
         return self._open[name]
 
     def close(self) -> None:

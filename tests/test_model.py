@@ -10,6 +10,7 @@ from compress import artifact, source
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, Corrupt, NetworkError, NumericalError, RecipeError, UnsafeInput
 from compress.interfaces import Context
+from compress.model import Recalled
 from compress.permutation import permute_channels
 from compress.plugin import step
 from tests.tiny import tiny_model
@@ -29,6 +30,34 @@ def test_batched_logits_equal_a_plain_forward_in_any_order():
         assert [len(x) for x in found] == [len(w) for w in WINDOWS]
         for window, logits in zip(WINDOWS, found):
             torch.testing.assert_close(logits, plain_logits(model, window), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_recalled_is_what_would_be_computed(monkeypatch):
+    model, passes = tiny_model(), []
+    model.module.base_model.register_forward_pre_hook(lambda module, args: passes.append(module))
+    plain = [x.clone() for x in model.logits(WINDOWS)]
+    model.recalled = Recalled()
+    first = [x.clone() for x in model.logits(WINDOWS)]
+    passes.clear()
+    again = [x.clone() for x in model.logits([*WINDOWS[::-1], [9, 9]])]
+    assert len(passes) == 1  # the new window's
+    for a, b, c in zip(plain, first, again[:-1][::-1], strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)  # the head's rows come in another order
+    monkeypatch.setattr("compress.model.RECALLED_BYTES", 10 * 32 * 4)  # ten positions
+    model.recalled = Recalled()
+    list(model.logits(WINDOWS))
+    assert [model.recalled.get(w) is not None for w in WINDOWS] == [True, True, False, True]
+
+
+def test_nothing_is_recalled_once_weights_changed():
+    model = tiny_model()
+    model.recalled = Recalled()
+    before = next(model.logits([WINDOWS[0]])).clone()
+    name = "model.layers.0.mlp.up_proj.weight"
+    model.store(name, EncodedTensor(Encoding("fp16"), model.parameter(name).detach().half() * 2))
+    assert model.recalled is None
+    assert not torch.allclose(before, next(model.logits([WINDOWS[0]])))
 
 
 def test_decoding_and_generation_follow_the_forward_pass():
