@@ -93,18 +93,33 @@ class OnnxModel:
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """One float32 (len(window), vocabulary) tensor per window, in order.
 
-        Windows of similar length run together, padded on the right, where a causal model cannot see the padding.
+        Windows of similar length run together, padded on the right, where a causal model cannot see the padding. A
+        window longer than `TOKENS_PER_RUN` is read into the cache in chunks, as onnxruntime-genai may: at 2,048
+        tokens its logits alone are 400 MB.
         """
         import torch
 
         for run in consecutive([len(window) for window in windows], TOKENS_PER_RUN):
             part = windows[run.start : run.stop]
+            if len(part[0]) > TOKENS_PER_RUN:
+                yield self._in_chunks(part[0])
+                continue
             found: dict[int, np.ndarray] = {}
             for batch in batches([len(window) for window in part], TOKENS_PER_RUN):
                 logits = self._prefill([part[i] for i in batch])
                 found.update((i, logits[row, : len(part[i])]) for row, i in enumerate(batch))
             for i in range(len(part)):
                 yield torch.from_numpy(found.pop(i))
+
+    def _in_chunks(self, window: Sequence[int]) -> Tensor:
+        import torch
+
+        ids, rows = self._ids(window), torch.empty(len(window), self.vocabulary_size)
+        cache = _Cache(self._session, self._shapes, len(window))
+        for start in range(0, len(ids), TOKENS_PER_CHUNK):
+            chunk = ids[start : start + TOKENS_PER_CHUNK]
+            rows[start : start + len(chunk)] = torch.from_numpy(cache.step(chunk))
+        return rows
 
     def decode_logits(self, window: Sequence[int]) -> Tensor:
         """Logits of one window, (len(window), vocabulary), fed token by token through the cache."""

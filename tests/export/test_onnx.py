@@ -228,6 +228,16 @@ def test_decoding_through_the_cache_is_prefill(export: Callable[[str], Export], 
     torch.testing.assert_close(runtime.decode_logits(WINDOWS[1]), prefill, atol=1e-4, rtol=0)
 
 
+def test_a_long_window_is_read_in_chunks(export: Callable[[str], Export], monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Onnx().open(export("everything").path)
+    prefill = [x.clone() for x in runtime.logits(WINDOWS)]
+    longest = max(map(len, WINDOWS))
+    monkeypatch.setattr("export._onnxruntime.TOKENS_PER_RUN", longest - 1)
+    monkeypatch.setattr("export._onnxruntime.TOKENS_PER_CHUNK", 3)
+    for expected, found in zip(prefill, runtime.logits(WINDOWS), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["everything", "asymmetric", "channel", "int8 activations"])
 def test_generation_is_genais(export: Callable[[str], Export], name: str) -> None:
     done = export(name)
