@@ -116,34 +116,29 @@ def solve(
     import torch
 
     from compress.numerics.hessian import damped_inverse_cholesky
+    from compress.numerics.sweep import sweep
 
     n, m = W.shape
     size = m // encoding.groups(m)
-    W, H = W.T.contiguous(), H.clone()  # (m, n): what is rounded together lies together
     kept = None if mask is None else mask.T.contiguous()
     dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1.0
-    W[dead] = 0.0  # a channel that never fires contributes nothing (as in the paper's code)
+    H = H + torch.diag(dead.float())
     importance = H.diagonal().clone()
-    U = damped_inverse_cholesky(H, dampening)
     codes = torch.empty(m, n, dtype=torch.int8 if encoding.signed else torch.uint8)
-    errors = torch.empty(COLUMNS_AT_ONCE, n)
     grids: list[Grid | CodebookGrid] = []
-    for start, stop in _batches(m, size):
-        for j in range(start, stop):
-            if j % size == 0:
-                group = W[j : j + size] if kept is None else W[j : j + size] * kept[j : j + size]
-                h = importance[j : j + size].unsqueeze(0)
-                grids.append(fit_grid(group.T.unsqueeze(1), encoding, h, search))
-            grid, w = grids[-1], W[j].view(n, 1, 1)
-            code = grid.round(w)
-            if kept is not None:
-                code = torch.where(kept[j].view(n, 1, 1), code, grid.zero)
-            codes[j] = code.view(n)
-            error = torch.sub(w, grid.decode(code)).view(n).div_(U[j, j])
-            errors[j - start] = error
-            W[j + 1 : stop] -= U[j, j + 1 : stop].unsqueeze(1) * error
-        W[stop:].addmm_(U[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+
+    def visit(j: int, left: Tensor) -> Tensor:
+        if j % size == 0:
+            group = left[:size] if kept is None else left[:size] * kept[j : j + size]
+            grids.append(fit_grid(group.T.unsqueeze(1), encoding, importance[j : j + size].unsqueeze(0), search))
+        code = grids[-1].round(left[0].view(n, 1, 1))
+        if kept is not None:
+            code = torch.where(kept[j].view(n, 1, 1), code, grids[-1].zero)
+        codes[j] = code.view(n)
+        return grids[-1].decode(code).view(n)
+
+    # A channel that never fires contributes nothing (as in the paper's code).
+    sweep(W.masked_fill(dead, 0.0), damped_inverse_cholesky(H, dampening), list(_batches(m, size)), visit)
     zeros = [g.zero_points for g in grids if g.zero_points is not None]
     scales = torch.cat([g.scales for g in grids], dim=1)
     return EncodedTensor(encoding, codes.T.contiguous(), scales, torch.cat(zeros, dim=1) if zeros else None)
