@@ -99,6 +99,8 @@ class _Case:
 
 def _missed(check: Evaluator, decision: Decision, planted: float) -> str:
     """Why the gate's decision does not show the planted loss; empty where it does."""
+    if check.planted != "answers" and check.margin < ROUNDING:
+        return f"a margin of {check.margin:.4g} is below what float32 logits resolve, {ROUNDING:g} {check.unit}"
     if not planted > check.margin:
         return f"the loss planted for it is {planted:.4g}, and more than the margin of {check.margin:.4g} was meant"
     where = f"a loss of {planted:.4g} was planted in the baseline (margin {check.margin:.4g}, {check.unit})"
