@@ -267,8 +267,8 @@ def main() -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Idle threads of torch and llama.cpp wait some 10 µs and then sleep: work beside them halves their speed where
-        # they spin for good, and steps of many small operations take half as long again where they never wait.
+        # Idle threads of torch and llama.cpp spin for a moment and then sleep: beside other work they are twice as slow
+        # where they spin for good, and steps of many small operations take half as long again where they never do.
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if "_COMPRESS_COMPLETE" in os.environ:  # typer folds help at the terminal's width; a shell offers every line of it
         os.environ["COLUMNS"] = "1000"

@@ -41,7 +41,8 @@ SIZE_BASIS = "codes, scales and zero points of every matrix, other matrices and 
 TIME_BASIS = (
     f"an estimate: 2 operations per weight and token at {FLOPS:.1e} per second (float32, two cores); "
     "calibration counts 3 forward passes, training 4; a gate's model and reference each see "
-    f"{GATE_DOCUMENTS} documents of every source; each token that one writes reads all weights once"
+    f"{GATE_DOCUMENTS} documents of every source; each token that one writes reads all weights once; "
+    "release, exports and the losses planted beforehand are not counted"
 )
 MEMORY_BASIS = (
     f"an upper estimate: libraries ({LIBRARY_BYTES / 1e6:.0f} MB), float32 weights of the model and of its "
@@ -95,7 +96,7 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     """
     warnings = check(recipe, facts)
     parts = split(requests(recipe), recipe.seed)
-    texts, datasets = _texts(parts), _datasets(parts)
+    texts, datasets = _texts(parts), evaluation(parts)
     stored = {name: Encoding("fp32") for name in facts.matrices}
     baseline, steps = _size(facts, stored), []
     now = facts
@@ -302,7 +303,8 @@ def _ungated(recipe: Recipe) -> Iterator[str]:
             yield f"{label}: no check judges this step alone, and its alternatives can never be tried"
 
 
-def _datasets(parts: Sequence[Split]) -> list[Documents]:
+def evaluation(parts: Sequence[Split]) -> list[Documents]:
+    """The evaluation sources among the parts of a recipe's data, in gate order."""
     return [
         Documents(p.request.source, [(d.id, d.text) for d in p.documents], p.digest, p.request.length)
         for p in parts

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, assay, data, environment, inspection, source
+from compress import artifact, assay, data, environment, inspection, plan, source
 from compress.assay import Assay
 from compress.errors import Corrupt, RecipeError
 from compress.gate import Gate, GateResult, Sizes
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.model import Model, Recalled
-
-BASELINE_DOCUMENTS = 100  # of each source, for the baseline's own figures
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Workbench:
 
     def _baseline_metric(self, documents: Documents) -> Metric:
         perplexity = evaluator("perplexity").model_construct()  # measures, and needs no margin
-        some = replace(documents, documents=documents.documents[:BASELINE_DOCUMENTS])
+        some = replace(documents, documents=documents.documents[: assay.DOCUMENTS])
 
         def compute() -> Any:
             model = self.model(self.baseline)
@@ -78,7 +76,7 @@ class Workbench:
             )
 
         facts = {"metric": "perplexity", "model": artifact.digest(self.baseline), **self.conditions(some)}
-        return Metric.model_validate(self.recorded({**facts, "documents": BASELINE_DOCUMENTS}, compute))
+        return Metric.model_validate(self.recorded({**facts, "documents": assay.DOCUMENTS}, compute))
 
     def _assay(self) -> None:
         """Plant a loss for every check of the recipe, unless the store knows what came of it."""
@@ -144,24 +142,25 @@ class Workbench:
 
     def windows(self, role: str, model: Model) -> Sequence[Tensor]:
         """Packed windows of token ids for the steps: "calibration" or "selection"."""
+        return _packed(self._part(role), model)
+
+    def _part(self, role: str) -> data.Split:
         (part,) = [s for s in self.splits if s.request.role == role]
-        separator = min(model.eos_ids) if model.eos_ids else 0
-        return data.pack(part, model.encode, separator)
+        return part
 
     def layer_errors(self, folder: Path) -> dict[str, float | None]:
         """Each linear's error against the baseline on some of *selection*, to 4 digits; None is not finite.
 
         For reading, not for deciding: none where selection is too short to fill a window, which is said.
         """
-        (part,) = [s for s in self.splits if s.request.role == "selection"]
+        part = self._part("selection")
         length = min(inspection.TOKENS, part.request.length)
         request = replace(part.request, length=length, tokens=inspection.WINDOWS * length)
 
         def compute() -> Any:
             baseline = self.model(self.baseline)
-            separator = min(baseline.eos_ids) if baseline.eos_ids else 0
             try:
-                windows = data.pack(replace(part, request=request), baseline.encode, separator)
+                windows = _packed(replace(part, request=request), baseline)
             except RecipeError as error:
                 self.reporter.say(f"  layer errors are not measured: {error}")
                 return {}
@@ -181,11 +180,7 @@ class Workbench:
 
     def evaluation(self) -> list[Documents]:
         """The evaluation sources, in gate order."""
-        return [
-            Documents(s.request.source, [(d.id, d.text) for d in s.documents], s.digest, s.request.length)
-            for s in self.splits
-            if s.request.role == "evaluation"
-        ]
+        return plan.evaluation(self.splits)
 
     def conditions(self, *datasets: Documents) -> dict[str, Any]:
         """What scores depend on besides the model and the check."""
@@ -243,6 +238,11 @@ class Workbench:
 def describe_checks(checks: Sequence[Evaluator]) -> list[Any]:
     """What decides a gate's verdict besides the models: its checks, as keys of caches hold them."""
     return [[c.name, c.version, c.model_dump(mode="json")] for c in checks]
+
+
+def _packed(part: data.Split, model: Model) -> list[Tensor]:
+    """The part's documents as windows of equal length, each document ended as the model ends a text."""
+    return data.pack(part, model.encode, min(model.eos_ids) if model.eos_ids else 0)
 
 
 def _settings(check: Evaluator) -> str:

@@ -106,8 +106,3 @@ def flatten(model: LanguageModel, batch: Sequence[Example]) -> list[tuple[int, .
             f"({model.runtime}); use a smaller length"
         )
     return windows
-
-
-def exponential(nats: float) -> float:
-    """exp, infinite where the result is no float: math.exp raises there, and such a perplexity is no error of ours."""
-    return math.exp(nats) if nats < 709 else (math.inf if nats == nats else math.nan)

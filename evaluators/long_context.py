@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -12,13 +11,13 @@ from pydantic import Field
 from compress.errors import GateInconclusive
 from compress.interfaces import Documents, Example, LanguageModel, Score
 from evaluators._census import Census
-from evaluators._windows import Percent, exponential
+from evaluators._perplexity import PerplexityIncrease
 
 SEPARATOR = "\n\n"  # between documents, as between paragraphs
 CHARACTERS_PER_TOKEN = 8  # more than ordinary text has: English takes 4.5
 
 
-class LongContext(Census):
+class LongContext(Census, PerplexityIncrease):
     """Increase of perplexity on the second half of long windows, each packed from consecutive documents.
 
     A few windows of each source, the same in every run: they show what breaks with distance (rotary embeddings,
@@ -26,21 +25,13 @@ class LongContext(Census):
     """
 
     name: ClassVar[str] = "long_context"
-    unit: ClassVar[str] = "nats per token"
     definition: ClassVar[str] = (
         "exp of the mean negative log-likelihood per token over the second half of long windows, packed from the "
         "source's first documents; the loss is the difference in nats, on these windows and no others."
     )
-    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_increase"})
 
-    max_increase: Percent
     length: int = Field(2048, ge=16)
     windows: int = Field(1, ge=1, le=64)
-
-    @property
-    def margin(self) -> float:
-        """ln(1 + max_increase), in nats per token."""
-        return math.log1p(self.max_increase)
 
     @property
     def window(self) -> int:
@@ -82,18 +73,6 @@ class LongContext(Census):
             )
         # Window by window: the logits of one may take 400 MB, and are gone before those of the next are made.
         return [_second_half(model, example) for example in batch]
-
-    def display(self, loss: float) -> str:
-        """The loss as a relative change of perplexity.
-
-        >>> LongContext(max_increase=0.15).display(0.0315)
-        '+3.2 %'
-        """
-        return f"{exponential(loss) * 100 - 100:+.1f} %"
-
-    def value(self, scores: Sequence[Score]) -> float:
-        """Perplexity: exp of the summed nats per scored token."""
-        return exponential(super().value(scores))
 
 
 def _second_half(model: LanguageModel, example: Example) -> Score:

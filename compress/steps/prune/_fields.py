@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compress.errors import RecipeError
-from compress.interfaces import Step
+from compress.interfaces import Context, Step
 
 if TYPE_CHECKING:
     from compress.architectures import Facts
+    from compress.model import Model
     from compress.numerics.masks import Target
 
 Pattern = Literal["2:4", "4:8"]
@@ -51,6 +52,17 @@ class WeightPruning(Step):
                     f"{tensor.removesuffix('.weight')}: {channels} input channels are not a multiple of "
                     f"{target[1]}, as pattern {target[0]}:{target[1]} needs; give it a sparsity under layers"
                 )
+
+    def begin(self, model: Model, context: Context) -> dict[str, Target]:
+        """The targets of this model; raises RecipeError where it or the context does not allow them."""
+        from compress.steps.prune._record import refuse_encoded
+
+        self.check(model.facts)
+        targets = self.targets(model.facts)
+        refuse_encoded(model, list(targets), self.name)
+        if self.uses_calibration and not context.calibration:
+            raise RecipeError(f"{self.name} needs calibration data; add data.calibration to the recipe")
+        return targets
 
     def targets(self, facts: Facts) -> dict[str, Target]:
         """Tensor name → what it is to lose, for every linear of the blocks; a pattern as (N, M)."""

@@ -38,11 +38,9 @@ class Magnitude(WeightPruning):
 
     def apply(self, model: Model, context: Context) -> None:
         """Prune in place; each mask lands in `model.masks`."""
-        from compress.steps.prune._record import record_mask, refuse_encoded, sparsity_note
+        from compress.steps.prune._record import record_mask, sparsity_note
 
-        self.check(model.facts)
-        targets = self.targets(model.facts)
-        refuse_encoded(model, list(targets), self.name)
+        targets = self.begin(model, context)
         groups = self._compared(model, targets)
         for i, group in enumerate(groups):
             for tensor, mask in zip(group, self._masks(model, group, targets[group[0]]), strict=True):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from compress.errors import NumericalError, RecipeError
+from compress.errors import NumericalError
 from compress.interfaces import Context
 from compress.steps.prune._fields import WeightPruning
 
@@ -35,13 +35,9 @@ class Sparsegpt(WeightPruning):
     def apply(self, model: Model, context: Context) -> None:
         """Prune and update in place; each mask lands in `model.masks`."""
         from compress.blocks import walk
-        from compress.steps.prune._record import refuse_encoded, sparsity_note
+        from compress.steps.prune._record import sparsity_note
 
-        self.check(model.facts)
-        targets = self.targets(model.facts)
-        refuse_encoded(model, list(targets), self.name)
-        if not context.calibration:
-            raise RecipeError(f"{self.name} needs calibration data; add data.calibration to the recipe")
+        targets = self.begin(model, context)
         dead = sum(
             self._prune_block(model, block, targets) for block in walk(model, context.calibration, context.progress)
         )

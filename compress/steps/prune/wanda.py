@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from compress.errors import RecipeError
 from compress.interfaces import Context
 from compress.steps.prune._fields import WeightPruning
 
@@ -31,13 +30,9 @@ class Wanda(WeightPruning):
         """Prune in place; each mask lands in `model.masks`."""
         from compress.blocks import walk
         from compress.numerics.masks import keep, wanda_scores
-        from compress.steps.prune._record import record_mask, refuse_encoded, require_finite, sparsity_note
+        from compress.steps.prune._record import record_mask, require_finite, sparsity_note
 
-        self.check(model.facts)
-        targets = self.targets(model.facts)
-        refuse_encoded(model, list(targets), self.name)
-        if not context.calibration:
-            raise RecipeError(f"{self.name} needs calibration data; add data.calibration to the recipe")
+        targets = self.begin(model, context)
         dead = 0
         for block in walk(model, context.calibration, context.progress):
             norms = _channel_norms(block)
