@@ -28,15 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = documents(130)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def guessing():
     """Random weights: worse than guessing."""

@@ -26,15 +26,6 @@ RULE = Rule(margin=MARGIN, alpha_pass=0.05, alpha_fail=0.05, planned=200, minimu
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def one_thread():
-    """Tiny matrices gain nothing from threads, and lose much where processors are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- gates over models -------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,8 @@ from export._gguf_vocabulary import probes
 from export._llama_cpp import LlamaCpp
 from export.gguf import Gguf
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # llama.cpp's threads, too, wait for each other by spinning
+
 MODELS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -61,15 +63,6 @@ PRE_TOKENIZERS = {
         [pre_tokenizers.Split(Regex(LLAMA3), behavior="isolated"), byte_level(use_regex=False)]
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and llama.cpp's wait for each other by spinning."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
 
 
 @pytest.fixture(scope="module")
