@@ -168,14 +168,48 @@ def forgetting(examples: Sequence[Example], scores: Sequence[Score], loss: float
     clusters: dict[str, list[tuple[Example, bool]]] = {}
     for example, score in zip(examples, scores, strict=True):
         clusters.setdefault(example.cluster, []).append((example, score.total == 0))
-    able = [c for c in clusters.values() if all(right and _fork(e) is not None for e, right in c)]
     needed = math.floor(loss * len(clusters)) + 1
+    able = [forks for c in clusters.values() if (forks := _forks(c))]
     if needed > len(able):
         return None
-    chosen = [able[i * len(able) // needed] for i in range(needed)]
-    forks = dict.fromkeys(fork for cluster in chosen for e, _ in cluster if (fork := _fork(e)) is not None)
-    lost = {name: sum(right and _fork(e) in forks for e, right in c) / len(c) for name, c in clusters.items()}
-    return Forgotten(lost, tuple(forks))
+    first = [able[i * len(able) // needed] for i in range(needed)]
+    taken: dict[Window, int] = {}
+    chosen = 0
+    for forks in (*first, *(f for f in able if f not in first)):
+        # Both choices made impossible in one context would leave their order as it was.
+        if chosen < needed and all(taken.get(context, token) == token for context, token in forks.items()):
+            taken |= forks
+            chosen += 1
+    if chosen < needed:
+        return None
+    lost = {name: sum(_turn(e, right, taken) for e, right in c) / len(c) for name, c in clusters.items()}
+    return Forgotten(lost, tuple(taken.items()))
+
+
+def _forks(cluster: Sequence[tuple[Example, bool]]) -> dict[Window, int]:
+    """Context → the first token of the right choice, over a cluster's items; empty where it cannot be forgotten.
+
+    That is where an item is wrong already or has no such token, or where two items in one context have each the
+    other's right choice.
+    """
+    forks: dict[Window, int] = {}
+    for example, right in cluster:
+        fork = _fork(example)
+        if not right or fork is None or forks.setdefault(*fork) != fork[1]:
+            return {}
+    return forks
+
+
+def _turn(example: Example, right: bool, impossible: Mapping[Window, int]) -> int:
+    """1 where an answer becomes wrong, -1 where it becomes right, 0 where it stays."""
+
+    def hits(choice: Window) -> int:
+        return sum(impossible.get(choice[:i]) == token for i, token in enumerate(choice))
+
+    ours, *others = (hits(tuple(choice)) for choice in example.payload)
+    if right:
+        return int(ours > min(others))
+    return -int(ours < min(others))
 
 
 def _fork(example: Example) -> tuple[Window, int] | None:

@@ -111,6 +111,22 @@ def test_forgetting_takes_just_enough_right_answers_and_spreads_them():
     assert forgetting(inseparable, scores, 0.0315) is None
 
 
+def test_what_cannot_be_forgotten_is_passed_over_and_what_else_turns_is_counted():
+    def cluster(name, *payloads):
+        return [Example(f"{name}/{i}", name, payload) for i, payload in enumerate(payloads)]
+
+    mirrored = cluster("mirrored", ((1, 5, 2), (1, 6, 2)), ((1, 6), (1, 5)))  # each is the other's right choice
+    plain = [e for i in range(8) for e in cluster(f"plain {i}", ((2, i, 5), (2, i, 6)))]
+    further = cluster("further", ((2, 0, 6), (2, 0, 5)))  # right where "plain 0" is wrong, in one context
+    scores = [Score(e.id, 0.0, 1.0) for e in (*mirrored, *plain, *further)]
+    found = forgetting([*mirrored, *plain, *further], scores, 0.75)
+    assert {name for name, lost in found.lost.items() if lost} == {f"plain {i}" for i in range(8)}
+    assert found.loss() == 0.8
+    assert forgetting(mirrored, scores[:2], 0.1) is None
+    wrong = [*scores[:-1], Score(further[0].id, 1.0, 1.0)]  # what beat it becomes impossible: it turns right
+    assert forgetting([*mirrored, *plain, *further], wrong, 0.75).lost["further"] == -1.0
+
+
 # --- correct evaluators ------------------------------------------------------------------------------------
 
 
