@@ -18,7 +18,9 @@ Observer = Callable[[tuple[str, ...], Tensor], None]
 class Block:
     """One decoder block and the hidden states that enter it.
 
-    linears: full module name → linear. index: position in the stack.
+    linears: full module name → linear. index: position in the stack. originals: where `walk` was asked for them,
+    first linear of a stage → the inputs that it has in the model as it was, one (tokens, in_features) bfloat16
+    tensor per batch.
     """
 
     def __init__(self, index: int, module: nn.Module, model: Model, states: list[Tensor], arguments: dict[str, Any]):
@@ -29,6 +31,7 @@ class Block:
         self._states, self._arguments = states, arguments
         self._batch = 0  # the one that is running
         self._left: list[Tensor] | None = None  # the hidden states that leave, once they are known
+        self.originals: dict[str, list[Tensor]] = {}
         self.linears: dict[str, nn.Linear] = {}
         for name in arch.linears:
             linear = module.get_submodule(name)
@@ -41,8 +44,8 @@ class Block:
         return [tuple(f"{self._prefix}.{name}" for name in stage) for stage in self._architecture.stages]
 
     @torch.inference_mode()
-    def observe(self, callback: Observer) -> None:
-        """Run the block over all hidden states and report the input of each group of linears."""
+    def observe(self, callback: Observer) -> list[Tensor]:
+        """Run the block over all hidden states and report the input of each group of linears; the states that leave."""
         hooks = []
         for names in self.stages:
 
@@ -51,8 +54,7 @@ class Block:
 
             hooks.append(self.linears[names[0]].register_forward_pre_hook(report))
         try:
-            for batch in range(len(self._states)):
-                self._run(batch)
+            return [self._run(batch) for batch in range(len(self._states))]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -130,10 +132,12 @@ def walk(
     windows: Sequence[Tensor],
     progress: Callable[[str, float], None] = lambda label, fraction: None,
     windows_per_batch: int = 8,
+    originals: bool = False,
 ) -> Iterator[Block]:
     """Yield the decoder's blocks in order; a block changed by the caller feeds the next one.
 
-    windows: (length,) int64 each, all of one length. Raises RecipeError without calibration data.
+    windows: (length,) int64 each, all of one length. originals: also carry the states of the unchanged model, which
+    costs a second pass. Raises RecipeError without calibration data.
     """
     if not windows:
         raise RecipeError("this step needs calibration data; the calibration set holds no window")
@@ -144,13 +148,25 @@ def walk(
     assert isinstance(blocks, nn.ModuleList)
     stacked = torch.stack(list(windows))
     states, arguments = _enter(model, blocks[0], list(torch.split(stacked, windows_per_batch)))
+    untouched = states
     for index, module in enumerate(blocks):
         progress(f"block {index + 1}/{len(blocks)}", index / len(blocks))
         block = Block(index, module, model, states, arguments)
+        if originals:
+            untouched = _observe_originals(block, Block(index, module, model, untouched, arguments))
         yield block
         if index + 1 < len(blocks):
             states = block.advance()
     progress("blocks", 1.0)
+
+
+def _observe_originals(block: Block, untouched: Block) -> list[Tensor]:
+    """Fill in the block's `originals` from the untouched model's states; the states that leave it there."""
+
+    def keep(names: tuple[str, ...], X: Tensor) -> None:
+        block.originals.setdefault(names[0], []).append(X.bfloat16())
+
+    return untouched.observe(keep)
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error

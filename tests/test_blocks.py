@@ -44,6 +44,17 @@ def test_later_stages_see_the_changes_of_earlier_ones(changed):
         assert all(torch.equal(a, b) for a, b in zip(left, block.advance(), strict=True))
 
 
+def test_originals_are_the_inputs_of_the_unchanged_model():
+    untouched = [observed(block) for block in walk(tiny_model(), WINDOWS)]
+    model = tiny_model()
+    for block, expected in zip(walk(model, WINDOWS, windows_per_batch=2, originals=True), untouched, strict=True):
+        assert list(block.originals) == list(expected)
+        assert all(torch.equal(torch.cat(block.originals[name]), expected[name]) for name in expected)
+        for name in block.linears:
+            model.parameter(f"{name}.weight").data.mul_(0.5)
+    assert not next(walk(model, WINDOWS)).originals
+
+
 def test_a_block_is_itself_again_even_when_its_stages_are_left_half_way():
     model = tiny_model()
     block = next(walk(model, WINDOWS))

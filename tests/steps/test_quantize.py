@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.plugin import step
-from compress.steps.quantize._fields import round_to_nearest
-from compress.steps.quantize.gptq import solve
+from compress.steps.quantize._fields import fit_grid, round_to_nearest
+from compress.steps.quantize.gptq import Moments, _drift, solve
 from tests.tiny import tiny_model
 
 INT4 = Encoding("int4", 16)
@@ -49,7 +50,7 @@ def slow_gptq(W: torch.Tensor, H: torch.Tensor, scales: torch.Tensor, size: int,
 
 def test_gptq_equals_a_slow_plain_version():
     W, H = problem(0)
-    found = solve(W, H, INT4, 0.01, search=True)
+    found = solve(W, Moments(H), INT4, 0.01, search=True)
     expected = slow_gptq(W, H, found.scales, 16, 0.01)
     # float32 against float64: a weight on the edge between two codes may fall on either side
     assert (found.codes.double() != expected).float().mean() < 0.01
@@ -60,7 +61,7 @@ def test_gptq_equals_a_slow_plain_version():
 def test_gptq_with_uncorrelated_equal_inputs_is_rounding_to_nearest(seed, name, symmetric, search):
     W, _ = problem(seed)
     encoding = Encoding(name, 16, symmetric)
-    found = solve(W, torch.eye(48), encoding, 1e-6, search)
+    found = solve(W, Moments(torch.eye(48)), encoding, 1e-6, search)
     plain = round_to_nearest("w", W, encoding, search)
     assert torch.equal(found.scales, plain.scales) and torch.equal(found.codes, plain.codes)
 
@@ -70,7 +71,7 @@ def test_gptq_with_uncorrelated_equal_inputs_is_rounding_to_nearest(seed, name, 
 def test_gptq_loses_less_than_rounding_on_its_inputs(group_size, symmetric):
     W, H = problem(2, n=30)
     encoding = Encoding("int4", group_size, symmetric)
-    gptq = loss(W, solve(W, H, encoding, 0.01, search=True), H)
+    gptq = loss(W, solve(W, Moments(H), encoding, 0.01, search=True), H)
     assert gptq < 0.7 * loss(W, round_to_nearest("w", W, encoding, search=True), H)
 
 
@@ -79,14 +80,92 @@ def test_gptq_chooses_codes_of_codebooks(encoding):
     W, H = problem(6, n=30, m=96, tokens=400)
     mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) > 0.4
     plain = loss(W, round_to_nearest("w", W, encoding, search=True), H)
-    assert loss(W, solve(W, H, encoding, 0.01, search=True), H) < 0.7 * plain
-    found = solve(W * mask, H, encoding, 0.01, search=True, mask=mask).decode()
+    assert loss(W, solve(W, Moments(H), encoding, 0.01, search=True), H) < 0.7 * plain
+    found = solve(W * mask, Moments(H), encoding, 0.01, search=True, mask=mask).decode()
     assert not found[~mask].any() and found[mask].any()
+
+
+def slow_ordered_gptq(
+    W: torch.Tensor, H: torch.Tensor, scales: torch.Tensor, size: int, dampening: float
+) -> torch.Tensor:
+    """`slow_gptq` that always rounds the channel of largest second moment among those left."""
+    W, H = W.double().clone(), H.double().clone()
+    left = sorted(range(len(H)), key=lambda j: -float(H[j, j]))
+    H += dampening * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    codes = torch.empty_like(W)
+    while left:
+        j = left[0]
+        inverse = torch.linalg.inv(H[left][:, left])
+        s = scales[:, j // size].double()
+        codes[:, j] = (W[:, j] / s).round().clamp(-8, 7)
+        W[:, left] -= ((W[:, j] - codes[:, j] * s) / inverse[0, 0]).unsqueeze(1) * inverse[0]
+        left = left[1:]
+    return codes
+
+
+def test_act_order_rounds_the_strongest_channels_first_on_static_scales():
+    W, H = problem(7)
+    strength = torch.rand(48, generator=torch.Generator().manual_seed(0)).mul_(2).exp()
+    H *= strength * strength.unsqueeze(1)
+    found = solve(W, Moments(H), INT4, 0.01, search=True, act_order=True)
+    beforehand = fit_grid(W.view(10, 3, 16), INT4, H.diagonal().view(3, 16), search=True)
+    assert torch.equal(found.scales, beforehand.scales)
+    expected = slow_ordered_gptq(W, H, found.scales, 16, 0.01)
+    assert (found.codes.double() != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("encoding", [INT4, Encoding("int4", 16, symmetric=False), Encoding("nf4", 16)])
+def test_act_order_keeps_masks_and_loses_less_than_rounding(encoding):
+    W, H = problem(8, n=30)
+    mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) > 0.4
+    found = solve(W * mask, Moments(H), encoding, 0.01, search=True, mask=mask, act_order=True)
+    assert not found.decode()[~mask].any() and found.decode()[mask].any()
+    ordered = loss(W, solve(W, Moments(H), encoding, 0.01, search=True, act_order=True), H)
+    assert ordered < 0.7 * loss(W, round_to_nearest("w", W, encoding, search=True), H)
+
+
+def drifted(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, inputs as they were, and inputs that earlier rounding shrank and disturbed: (tokens, m) bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(30, 48, generator=generator)
+    X0 = torch.randn(400, 12, generator=generator) @ torch.randn(12, 48, generator=generator)
+    X0 += 0.5 * torch.randn(400, 48, generator=generator)
+    return W, X0.bfloat16(), (0.9 * X0 + 0.2 * torch.randn(400, 48, generator=generator)).bfloat16()
+
+
+def test_the_moments_of_drift_are_those_of_a_plain_sum():
+    _, X0, X = drifted(0)
+    found = _drift([X0[:150], X0[150:]], [X[:150], X[150:]])
+    expected = (X0.double() - X.double()).T @ X.double()
+    assert (found - expected).norm() < 0.005 * expected.norm()  # the products are rounded to bfloat16
+
+
+def test_error_propagation_solves_for_the_least_squares_weights():
+    W, X0, X = drifted(1)
+    H, drift = X.float().T @ X.float(), (X0.float() - X.float()).T @ X.float()
+    damped = H.double() + 0.01 * H.diagonal().mean() * torch.eye(48)
+    target = (W.double() + W.double() @ drift.double() @ torch.linalg.inv(damped)).float()
+    found = solve(W, Moments(H, drift), INT4, 0.01, search=True)
+    expected = solve(target, Moments(H), INT4, 0.01, search=True)
+    assert (found.codes != expected.codes).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_error_propagation_brings_outputs_nearer_to_those_of_the_unquantized_model(seed):
+    W, X0, X = drifted(seed)
+    H, drift = X.float().T @ X.float(), (X0.float() - X.float()).T @ X.float()
+
+    def output_error(moments: Moments) -> float:
+        Q = solve(W, moments, INT4, 0.01, search=True).decode()
+        return float((X0.float() @ W.T - X.float() @ Q.T).norm())
+
+    without, half, whole = (output_error(Moments(H, d)) for d in (None, drift / 2, drift))
+    assert whole < half < without
 
 
 def test_groups_wider_than_a_run_of_columns_are_solved_alike():
     W, H = problem(4, n=6, m=288, tokens=600)
-    wide = solve(W, H, Encoding("int4", None), 0.01, search=False)
+    wide = solve(W, Moments(H), Encoding("int4", None), 0.01, search=False)
     assert wide.scales.shape == (6, 1)
     expected = slow_gptq(W, H, wide.scales, 288, 0.01)
     assert (wide.codes.double() != expected).float().mean() < 0.01
@@ -96,7 +175,7 @@ def test_gptq_keeps_pruned_weights_at_zero():
     W, H = problem(3)
     mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) > 0.4
     for symmetric in (True, False):
-        found = solve(W * mask, H, Encoding("int4", 16, symmetric), 0.01, search=True, mask=mask)
+        found = solve(W * mask, Moments(H), Encoding("int4", 16, symmetric), 0.01, search=True, mask=mask)
         assert not found.decode()[~mask].any()
         assert found.decode()[mask].any()
 
@@ -104,7 +183,24 @@ def test_gptq_keeps_pruned_weights_at_zero():
 def test_a_dead_channel_becomes_zero():
     W, H = problem(5)
     H[7], H[:, 7] = 0.0, 0.0
-    assert not solve(W, H, INT4, 0.01, search=True).decode()[:, 7].any()
+    assert not solve(W, Moments(H), INT4, 0.01, search=True).decode()[:, 7].any()
+
+
+def test_options_of_gptq_change_what_they_name_and_zero_propagation_nothing():
+    windows = [torch.randint(0, 256, (32,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+
+    def codes(**options) -> torch.Tensor:
+        model = tiny_model()
+        step("quantize.gptq")(encoding="int4", group_size=16, **options).apply(model, Context(0, windows))
+        return model.encoded["model.layers.1.mlp.down_proj.weight"].codes
+
+    plain = codes()
+    assert torch.equal(plain, codes(error_propagation=0.0))
+    assert not torch.equal(plain, codes(error_propagation=0.5))
+    assert not torch.equal(plain, codes(act_order=True))
+    for refused in ({"error_propagation": 1.5}, {"error_propagation": float("nan")}):
+        with pytest.raises(ValidationError):
+            step("quantize.gptq")(**refused)
 
 
 def test_steps_encode_what_they_announce():

@@ -7,8 +7,8 @@ solved together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -32,7 +32,10 @@ class Gptq(WeightQuantization):
     """Hessian-based rounding on calibration data; each linear is fed by the quantized ones before it.
 
     dampening: λ as a fraction of the mean diagonal of the Hessian. range: as in quantize.rtn, weighted by
-    the Hessian's diagonal under "mse".
+    the Hessian's diagonal under "mse". act_order: round the channels of largest second moment first, which fits all
+    scales beforehand (static groups). error_propagation: the share of what earlier rounding did to the inputs that
+    each linear makes up for (QEP, Arai & Ichikawa 2025, arXiv:2504.09629, where ½ is the default); above 0 a second
+    pass carries the inputs of the unquantized model along.
     """
 
     name: ClassVar[str] = "quantize.gptq"
@@ -42,6 +45,8 @@ class Gptq(WeightQuantization):
 
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
     range: Literal["minmax", "mse"] = "mse"
+    act_order: bool = False
+    error_propagation: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
 
     def apply(self, model: Model, context: Context) -> None:
         """Quantize every selected linear of each block, then the embeddings by rounding."""
@@ -50,7 +55,7 @@ class Gptq(WeightQuantization):
         chosen = self.encodings(model.facts)
         refuse_encoded(model, chosen)
         search = self.range == "mse"
-        for block in walk(model, context.calibration, context.progress):
+        for block in walk(model, context.calibration, context.progress, originals=self.error_propagation > 0):
             self._quantize_block(model, block, chosen, context)
         for name in chosen.keys() - {f"{linear}.weight" for linear in model.facts.linears}:
             W = model.parameter(name).detach()
@@ -67,14 +72,17 @@ class Gptq(WeightQuantization):
                 context.notes.append(
                     f"{names[0]}: {hessian.tokens} calibration tokens for {len(hessian.matrix)} input channels"
                 )
-            self._quantize_stage(model, names, chosen, hessian.matrix, context)
+            drift = None
+            if block.originals:
+                drift = _drift(block.originals.pop(names[0]), inputs).mul_(self.error_propagation)
+            self._quantize_stage(model, names, chosen, Moments(hessian.matrix, drift), context)
 
     def _quantize_stage(
         self,
         model: Model,
         names: tuple[str, ...],
         chosen: Mapping[str, Encoding],
-        H: Tensor,
+        moments: Moments,
         context: Context,
     ) -> None:
         """Solve linears that share an input and an encoding as one stacked matrix."""
@@ -95,53 +103,117 @@ class Gptq(WeightQuantization):
                 kept = [model.masks.get(t, torch.ones_like(W, dtype=torch.bool)) for t, W in zip(tensors, weights)]
                 mask = torch.cat(kept)
             try:
-                solved = solve(torch.cat(weights), H, encoding, self.dampening, self.range == "mse", mask)
+                W = torch.cat(weights)
+                solved = solve(W, moments, encoding, self.dampening, self.range == "mse", mask, self.act_order)
             except NumericalError as error:
                 raise NumericalError(f"{tensors[0]}: {error}") from None
-            if dead := int((H.diagonal() == 0).sum()):
+            if dead := int((moments.H.diagonal() == 0).sum()):
                 context.notes.append(f"{tensors[0]}: {dead} input channels are dead on the calibration data")
             for t, part in zip(tensors, _split_rows(solved, [len(W) for W in weights])):
                 model.store(t, part)
 
 
+class Moments(NamedTuple):
+    """What a linear with m inputs is solved against.
+
+    H: XXᵀ over the calibration tokens, (m, m) float32. drift: (X₀ − X)Xᵀ, (m, m) float32, with X₀ the inputs in the
+    model as it was, or None to keep W·X rather than W·X₀.
+    """
+
+    H: Tensor
+    drift: Tensor | None = None
+
+
 def solve(
-    W: Tensor, H: Tensor, encoding: Encoding, dampening: float, search: bool, mask: Tensor | None = None
+    W: Tensor,
+    moments: Moments,
+    encoding: Encoding,
+    dampening: float,
+    search: bool,
+    mask: Tensor | None = None,
+    act_order: bool = False,
 ) -> EncodedTensor:
-    """Codes of W (n, m) that keep W·X, given H = XXᵀ (m, m); Algorithm 1 with groups.
+    """Codes of W (n, m) that keep W·X; Algorithm 1 with groups.
 
     mask: (n, m) bool, True = kept: a pruned weight takes the code of zero and its error is carried on.
-    Group scales are fitted when the group's first column is reached, on the weights as updated by then.
-    Raises NumericalError for a non-finite or indefinite Hessian.
+    Group scales are fitted when the group's first column is reached, on the weights as updated by then; under
+    act_order beforehand. Raises NumericalError for a non-finite or indefinite Hessian.
     """
     import torch
 
     from compress.numerics.hessian import damped_inverse_cholesky
-    from compress.numerics.sweep import sweep
+    from compress.numerics.sweep import runs, sweep
 
     n, m = W.shape
     size = m // encoding.groups(m)
-    kept = None if mask is None else mask.T.contiguous()
-    dead = H.diagonal() == 0
-    H = H + torch.diag(dead.float())
-    importance = H.diagonal().clone()
+    dead = moments.H.diagonal() == 0
+    H = moments.H + torch.diag(dead.float())
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(m)
+    U = damped_inverse_cholesky(H[order][:, order], dampening)
+    W = W.masked_fill(dead, 0.0)[:, order]  # a channel that never fires contributes nothing (as in the paper's code)
+    if moments.drift is not None:
+        W += W @ moments.drift[order][:, order] @ U.T @ U
+    kept = None if mask is None else mask.T[order]
+    grids = _Grids(encoding, H.diagonal(), search, size)
+    if act_order:
+        back = torch.argsort(order)
+        grids.fit_all((W if kept is None else W * kept.T)[:, back])
     codes = torch.empty(m, n, dtype=torch.int8 if encoding.signed else torch.uint8)
-    grids: list[Grid | CodebookGrid] = []
 
     def visit(j: int, left: Tensor) -> Tensor:
-        if j % size == 0:
-            group = left[:size] if kept is None else left[:size] * kept[j : j + size]
-            grids.append(fit_grid(group.T.unsqueeze(1), encoding, importance[j : j + size].unsqueeze(0), search))
-        code = grids[-1].round(left[0].view(n, 1, 1))
+        channel = int(order[j])
+        if not act_order and j % size == 0:
+            grids.fit(left[:size] if kept is None else left[:size] * kept[j : j + size], channel)
+        grid = grids[channel]
+        code = grid.round(left[0].view(n, 1, 1))
         if kept is not None:
-            code = torch.where(kept[j].view(n, 1, 1), code, grids[-1].zero)
-        codes[j] = code.view(n)
-        return grids[-1].decode(code).view(n)
+            code = torch.where(kept[j].view(n, 1, 1), code, grid.zero)
+        codes[channel] = code.view(n)
+        return grid.decode(code).view(n)
 
-    # A channel that never fires contributes nothing (as in the paper's code).
-    sweep(W.masked_fill(dead, 0.0), damped_inverse_cholesky(H, dampening), list(_batches(m, size)), visit)
-    zeros = [g.zero_points for g in grids if g.zero_points is not None]
-    scales = torch.cat([g.scales for g in grids], dim=1)
-    return EncodedTensor(encoding, codes.T.contiguous(), scales, torch.cat(zeros, dim=1) if zeros else None)
+    sweep(W, U, runs(m, COLUMNS_AT_ONCE) if act_order else list(_batches(m, size)), visit)
+    return EncodedTensor(encoding, codes.T.contiguous(), *grids.joined())
+
+
+class _Grids:
+    """The grids of a matrix's groups of `size` input channels, fitted one by one or all beforehand."""
+
+    def __init__(self, encoding: Encoding, importance: Tensor, search: bool, size: int):
+        self._encoding, self._importance, self._search, self._size = encoding, importance, search, size
+        self._found: list[Grid | CodebookGrid] = []
+
+    def fit(self, columns: Tensor, first: int) -> None:
+        """Fit the next group: columns (size, n), the first of them input channel `first`."""
+        importance = self._importance[first : first + self._size]
+        group = columns.T.unsqueeze(1)
+        self._found.append(fit_grid(group, self._encoding, importance.unsqueeze(0), self._search))
+
+    def fit_all(self, W: Tensor) -> None:
+        """Fit every group of W (n, m), channels in their own order."""
+        for first in range(0, W.shape[1], self._size):
+            self.fit(W[:, first : first + self._size].T, first)
+
+    def __getitem__(self, channel: int) -> Grid | CodebookGrid:
+        return self._found[channel // self._size]
+
+    def joined(self) -> tuple[Tensor, Tensor | None]:
+        """Scales and zero points of all groups, (n, g) each."""
+        import torch
+
+        zeros = [g.zero_points for g in self._found if g.zero_points is not None]
+        return torch.cat([g.scales for g in self._found], dim=1), torch.cat(zeros, dim=1) if zeros else None
+
+
+def _drift(originals: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """(X₀ − X)Xᵀ over batches of (tokens, m): (m, m) float32.
+
+    Its products are rounded to bfloat16, which a correction bears and a Hessian does not.
+    """
+    parts = ((X0.float() - X.float()).bfloat16().T @ X for X0, X in zip(originals, inputs, strict=True))
+    total = next(parts).float()
+    for part in parts:
+        total += part
+    return total
 
 
 def _batches(m: int, size: int) -> Iterator[tuple[int, int]]:
