@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AFFINE_BITS = {"int8": 8, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
-CODEBOOK_BITS = {"nf4": 4, "mxfp4": 4}
-MX_GROUP = 32  # weights that share a scale, by definition of the MX formats
+CODEBOOK_BITS = {"nf4": 4, "mxfp4": 4, "iq4_nl": 4}
+FIXED_GROUPS = {"mxfp4": 32, "iq4_nl": 32}  # weights that share a scale, by definition of the formats
 FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 NAMES = (*AFFINE_BITS, *CODEBOOK_BITS, *FLOAT_DTYPES)
@@ -26,13 +26,13 @@ NAMES = (*AFFINE_BITS, *CODEBOOK_BITS, *FLOAT_DTYPES)
 class Encoding:
     """A storage format of a weight matrix.
 
-    name: one of `NAMES`. group_size: input channels that share a scale (None = a whole row; mxfp4: always 32;
-    unused by floats). symmetric: codes are signed without a zero point (affine only).
+    name: one of `NAMES`. group_size: input channels that share a scale (None = a whole row; mxfp4 and iq4_nl:
+    always 32; unused by floats). symmetric: codes are signed without a zero point (affine only).
 
     Symmetric affine codes lie in [-2^(b-1), 2^(b-1) - 1] with *signed* float16 scales, except int8, which
     uses [-127, 127]; asymmetric codes lie in [0, 2^b - 1] with an integer zero point: w = (q - z) * s, so
-    that zero is always represented exactly. Codebooks (`numerics.codebook`) store the index of a level, and
-    hold zero exactly too.
+    that zero is always represented exactly. Codebooks (`numerics.codebook`) store the index of a level;
+    all but iq4_nl hold zero exactly too.
     """
 
     name: str
@@ -44,8 +44,9 @@ class Encoding:
             raise RecipeError(f"unknown encoding {self.name!r}; known: {', '.join(NAMES)}")
         if self.is_codebook and not self.symmetric:
             raise RecipeError(f"{self.name} is a codebook without zero points; use symmetric: true")
-        if self.name == "mxfp4" and self.group_size != MX_GROUP:
-            raise RecipeError(f"mxfp4 shares a scale over {MX_GROUP} channels, found group_size={self.group_size}")
+        fixed = FIXED_GROUPS.get(self.name)
+        if fixed is not None and self.group_size != fixed:
+            raise RecipeError(f"{self.name} shares a scale over {fixed} channels, found group_size={self.group_size}")
 
     @property
     def is_affine(self) -> bool:
@@ -61,6 +62,11 @@ class Encoding:
     def is_coded(self) -> bool:
         """Whether the encoding stores codes with scales, affine or of a codebook, and not floats."""
         return self.is_affine or self.is_codebook
+
+    @property
+    def holds_zero(self) -> bool:
+        """Whether a pruned weight stays exactly zero."""
+        return self.name != "iq4_nl"
 
     @property
     def signed(self) -> bool:
@@ -88,8 +94,10 @@ class Encoding:
     def groups(self, in_features: int) -> int:
         """Number of groups per row; raises RecipeError where the group size does not divide."""
         size = self.group_size or in_features
-        if in_features % size and self.name == "mxfp4":
-            raise RecipeError(f"{in_features} input channels are not a multiple of mxfp4's {size}; use int4 or nf4")
+        if in_features % size and self.name in FIXED_GROUPS:
+            raise RecipeError(
+                f"{in_features} input channels are not a multiple of {self.name}'s {size}; use int4 or nf4"
+            )
         if in_features % size:
             fits = next(g for g in range(min(size, in_features), 0, -1) if in_features % g == 0)
             raise RecipeError(
@@ -162,7 +170,8 @@ def describe(name: str) -> str:
     if name in CODEBOOK_BITS:
         return {
             "nf4": "16 quantiles of the normal distribution, a float16 scale per group",
-            "mxfp4": f"4-bit floats (e2m1), a power of two as scale per {MX_GROUP} weights",
+            "mxfp4": f"4-bit floats (e2m1), a power of two as scale per {FIXED_GROUPS['mxfp4']} weights",
+            "iq4_nl": f"16 uneven levels of llama.cpp's, none 0, a float16 scale per {FIXED_GROUPS['iq4_nl']} weights",
         }[name]
     low, high = Encoding(name, 32).code_range
     return (

@@ -81,7 +81,7 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
         for path, step in _attempts(entry, i):
             for before in shapes[i]:
                 _check_step(recipe, before, path, step)
-            _check_order(recipe, i, path, step)
+            _check_order(recipe, shapes[i], i, path, step)
         _check_margins(recipe, i, entry)
     _check_windows(recipe, facts)
     _check_rounded_once(recipe, shapes)
@@ -185,7 +185,7 @@ def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step:
         raise _refusal(recipe, path, str(error)) from None
 
 
-def _check_order(recipe: Recipe, i: int, path: tuple[str | int, ...], step: Step) -> None:
+def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[str | int, ...], step: Step) -> None:
     """Codes are final: nothing may train, prune or round them again. Masks and codes fix the shapes."""
     for k, earlier in enumerate(recipe.steps[:i]):
         holding = next((attempt for attempt in earlier.attempts if attempt.packs or attempt.masks), None)
@@ -193,6 +193,8 @@ def _check_order(recipe: Recipe, i: int, path: tuple[str | int, ...], step: Step
             held = "stored the weights in an encoding" if holding.packs else "pruned single weights"
             message = f"changes shapes after steps[{k}] {holding.name} has {held}; move it before steps[{k}]"
             raise _refusal(recipe, path, message)
+        if pruning := next((attempt for attempt in earlier.attempts if attempt.masks), None):
+            _check_zeros(recipe, path, _encodings(step, shapes), f"steps[{k}] {pruning.name}")
         packing = next((attempt for attempt in earlier.attempts if attempt.packs), None)
         if packing is None:
             continue
@@ -202,6 +204,14 @@ def _check_order(recipe: Recipe, i: int, path: tuple[str | int, ...], step: Step
             raise _refusal(recipe, path, f"trains after {before}; move it before steps[{k}]")
         if step.masks:
             raise _refusal(recipe, path, f"prunes after {before}; move it before steps[{k}]")
+
+
+def _check_zeros(recipe: Recipe, path: tuple[str | int, ...], chosen: Mapping[str, Encoding], pruning: str) -> None:
+    """An encoding without a zero would resurrect pruned weights."""
+    for name, encoding in chosen.items():
+        if not encoding.holds_zero:
+            message = f"{name}: {encoding} holds no zero, and {pruning} has pruned weights; use int4 or mxfp4"
+            raise _refusal(recipe, path, message)
 
 
 def _check_rounded_once(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:

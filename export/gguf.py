@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: codes and scales as Q4_0, Q5_0, Q8_0 and MXFP4 blocks, never quantized again."""
+"""GGUF files for llama.cpp: codes and scales as Q4_0, Q5_0, Q8_0, IQ4_NL and MXFP4 blocks, never quantized again."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ DIALECTS = {
     "qwen3": Dialect("qwen3", interleaved=False),
 }
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # the way back
-_QUANTIZED = {"Q4_0", "Q5_0", "Q8_0", "MXFP4"}
+_QUANTIZED = {"Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"}
 _FILE_TYPES = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}  # llama.cpp knows MXFP4 from mixtures of experts
 _QUERY, _KEY = ".self_attn.q_proj.", ".self_attn.k_proj."
 
 
 class Gguf(Exporter):
-    """One .gguf file: float32, F16, BF16, Q8_0, Q5_0 and Q4_0 (int8, int5 and int4 codes), and MXFP4 tensors."""
+    """One .gguf file: float32, F16, BF16, Q8_0, Q5_0 and Q4_0 (int8, int5 and int4 codes), IQ4_NL and MXFP4 tensors."""
 
     name = "gguf"
     runtime = "llama.cpp"
@@ -58,7 +58,7 @@ class Gguf(Exporter):
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
         """Why no GGUF block holds these codes and scales exactly, or None."""
         if encoding.name == "nf4":
-            return f"{tensor}: GGUF has no block of nf4's 16 levels; use mxfp4 or int4"
+            return f"{tensor}: GGUF has no block of nf4's 16 levels; use iq4_nl, mxfp4 or int4"
         if not encoding.is_affine:
             return None
         if encoding.name not in ("int4", "int5", "int8"):
@@ -227,7 +227,7 @@ def _to_file(tensor: EncodedTensor | Tensor, name: str) -> tuple[str, np.ndarray
     """GGUF's type and the bytes or floats of a tensor; a vector is float32, as llama.cpp demands."""
     import torch
 
-    from compress.numerics.ggml_blocks import pack_mxfp4, pack_q4_0, pack_q5_0, pack_q8_0
+    from compress.numerics.ggml_blocks import pack_iq4_nl, pack_mxfp4, pack_q4_0, pack_q5_0, pack_q8_0
 
     if not isinstance(tensor, EncodedTensor):
         return "F32", tensor.float().contiguous().numpy()
@@ -242,6 +242,8 @@ def _to_file(tensor: EncodedTensor | Tensor, name: str) -> tuple[str, np.ndarray
         raise RecipeError(f"gguf: {name} has {codes.shape[1]} input channels, not a multiple of 32; keep it fp16")
     if tensor.encoding.name == "mxfp4":
         return "MXFP4", pack_mxfp4(codes, scales).numpy()
+    if tensor.encoding.name == "iq4_nl":
+        return "IQ4_NL", pack_iq4_nl(codes, scales).numpy()
     if tensor.encoding.bits == 4:
         return "Q4_0", pack_q4_0(codes, scales).numpy()
     if tensor.encoding.bits == 5:
@@ -253,7 +255,7 @@ def _from_file(kind: str, data: np.ndarray[Any, Any], where: str) -> EncodedTens
     """The inverse of `_to_file`, with one scale per block of 32."""
     import torch
 
-    from compress.numerics.ggml_blocks import unpack_mxfp4, unpack_q4_0, unpack_q5_0, unpack_q8_0
+    from compress.numerics.ggml_blocks import unpack_iq4_nl, unpack_mxfp4, unpack_q4_0, unpack_q5_0, unpack_q8_0
 
     raw = torch.from_numpy(data.copy())  # the file is mapped read-only
     if kind == "F32":
@@ -264,6 +266,8 @@ def _from_file(kind: str, data: np.ndarray[Any, Any], where: str) -> EncodedTens
         return EncodedTensor(Encoding("bf16"), raw.view(torch.bfloat16))
     if kind == "MXFP4":
         return EncodedTensor(Encoding("mxfp4", BLOCK), *unpack_mxfp4(raw))
+    if kind == "IQ4_NL":
+        return EncodedTensor(Encoding("iq4_nl", BLOCK), *unpack_iq4_nl(raw))
     blocks = {"Q4_0": ("int4", unpack_q4_0), "Q5_0": ("int5", unpack_q5_0), "Q8_0": ("int8", unpack_q8_0)}
     if kind not in blocks:
         raise RecipeError(f"{where} is {kind}, which compress does not write")

@@ -103,6 +103,15 @@ def test_nothing_trains_or_prunes_codes(late: str, verb: str, packing: str) -> N
     assert plan.check(recipe(f"  - {late}\n  - {packing}\n"), SMOL) == []
 
 
+def test_an_encoding_without_zero_is_refused_after_pruning() -> None:
+    pruned = "  - prune.wanda: {sparsity: 0.2}\n"
+    message = refusal(recipe(pruned + '  - quantize.rtn: {keep: {"*.o_proj": iq4_nl}}\n'))
+    assert message.startswith("recipe.yaml:10:5  steps[1] quantize.rtn: model.layers.0.self_attn.o_proj.weight: iq4_nl")
+    assert "holds no zero, and steps[0] prune.wanda has pruned weights; use int4 or mxfp4" in message
+    assert plan.check(recipe(pruned + "  - quantize.rtn: {encoding: mxfp4}\n"), SMOL) == []
+    assert plan.check(recipe("  - quantize.rtn: {encoding: iq4_nl}\n"), SMOL) == []
+
+
 NARROW, SHORT = "  - prune.neurons: {fraction: 0.25}\n", "  - prune.layers: {count: 3}\n"
 
 

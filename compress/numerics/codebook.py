@@ -5,6 +5,7 @@ arXiv:2305.14314). Scales are float16, not float32 as in the paper: the same 16 
 here, rounded before codes are chosen.
 mxfp4: the levels are the values of e2m1, a float of 4 bits; a scale is a power of two held as its exponent plus
 127 in 8 bits (e8m0), one per 32 weights (OCP Microscaling Formats 1.0, 2023).
+iq4_nl: llama.cpp's levels, finer near zero and without it, times a signed float16 scale, one per 32 weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from compress.errors import NumericalError
 from compress.numerics.affine import WEIGHTS_AT_ONCE, float16, inverse
 
-FRACTIONS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05)  # of the largest magnitude, tried as nf4's scale
+FRACTIONS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05)  # of the scale that just covers the range, tried beside it
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LEVELS: dict[str, tuple[float, ...]] = {
     "nf4": (
@@ -28,12 +29,13 @@ LEVELS: dict[str, tuple[float, ...]] = {
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
     "mxfp4": (*_MAGNITUDES, 0.0, *(-x for x in _MAGNITUDES[1:])),  # bit 3 of a code is its sign
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
 }
 
 
 @dataclass(frozen=True)
 class CodebookGrid:
-    """A codebook with its scales (n, g): float16 for nf4, uint8 exponents plus 127 for mxfp4.
+    """A codebook with its scales (n, g): float16 for nf4 and iq4_nl, uint8 exponents plus 127 for mxfp4.
 
     The counterpart of `affine.Grid`, for codes in [0, 15].
     """
@@ -48,14 +50,15 @@ class CodebookGrid:
 
     @property
     def zero(self) -> Tensor:
-        """The code of weight 0, a scalar."""
-        return torch.tensor(float(LEVELS[self.name].index(0.0)))
+        """The code of weight 0, a scalar; iq4_nl has only one near it."""
+        levels = LEVELS[self.name]
+        return torch.tensor(float(levels.index(min(levels, key=abs))))
 
     def round(self, W: Tensor) -> Tensor:
         """Nearest codes of W (n, g, k) as float32 integers; a zero scale gives the zero code.
 
-        Halfway between two levels, mxfp4 takes the one nearer to 0 (as ggml does), nf4 the lower one (as
-        bitsandbytes does).
+        Halfway between two levels, mxfp4 takes the one nearer to 0 (as ggml does), the others the lower
+        one (as bitsandbytes does).
         """
         if self.name == "mxfp4":
             scaled = W / exponents_to_float(self.scales).unsqueeze(-1)  # exact: a power of two
@@ -71,31 +74,44 @@ class CodebookGrid:
 
     def levels(self, codes: Tensor) -> Tensor:
         """Float32 levels of codes, of their shape."""
-        return torch.tensor(LEVELS[self.name]).index_select(0, codes.flatten().int()).view(codes.shape)
+        return (
+            torch.tensor(LEVELS[self.name], dtype=torch.float32)
+            .index_select(0, codes.flatten().int())
+            .view(codes.shape)
+        )
 
 
 def fit(W: Tensor, name: str, importance: Tensor | None, search: bool) -> CodebookGrid:
     """Scales for W (n, g, k), k weights to a group.
 
-    Without `search`, nf4 maps the largest magnitude of a group to level 1, and mxfp4 takes the exponent of the
-    power of two below it, less 2, so that magnitudes above 6 steps saturate (both as in their sources). With
-    it, further scales are tried around that one, and the one of least error Σ h·(w − ŵ)² is kept: of nf4
-    `FRACTIONS`, each refitted in closed form to its own codes; of mxfp4 the two exponents beside it. importance h:
+    Without `search`, nf4 maps the largest magnitude of a group to level 1, iq4_nl to level -127, and mxfp4 takes
+    the exponent of the power of two below it, less 2, so that magnitudes above 6 steps saturate (all as in their
+    sources). With it, further scales are tried around that one, and the one of least error Σ h·(w − ŵ)² is kept: of nf4
+    and iq4_nl `FRACTIONS`, each refitted in closed form to its own codes, of iq4_nl also those that map the largest
+    magnitude to level 113; of mxfp4 the two exponents beside it. importance h:
     (g, k) or broadcastable, ones if None. Raises NumericalError for non-finite weights or scales beyond float16.
     """
     if not torch.isfinite(W).all():
         raise NumericalError("non-finite weights")
     parts = []
     for rows in torch.split(W, max(1, WEIGHTS_AT_ONCE // W[0].numel())):
-        tried = _exponents(rows) if name == "mxfp4" else _magnitudes(rows)
+        tried = _exponents(rows) if name == "mxfp4" else _ranges(rows, LEVELS[name])
         parts.append(_best(rows, name, tried, importance) if search else next(tried))
     return CodebookGrid(name, torch.cat(parts))
 
 
-def _magnitudes(W: Tensor) -> Iterator[Tensor]:
-    """Float16 scales (n, g): the largest magnitude, then fractions of it."""
-    most = W.abs().amax(-1)
-    yield from (float16(most * fraction) for fraction in (1.0, *FRACTIONS))
+def _ranges(W: Tensor, levels: tuple[float, ...]) -> Iterator[Tensor]:
+    """Float16 scales (n, g): one that just covers the range, then fractions of it.
+
+    Where the levels reach farther down than up, the largest magnitude is put there first, whatever its sign, so that
+    the scale may be negative, and then at the other end.
+    """
+    least, most = torch.aminmax(W, dim=-1)
+    ends = [most.maximum(-least) / levels[-1]]
+    if -levels[0] > levels[-1]:
+        top = torch.where(-least >= most, least, most)
+        ends = [top / levels[0], top / levels[-1]]
+    yield from (float16(end * fraction) for end in ends for fraction in (1.0, *FRACTIONS))
 
 
 def _exponents(W: Tensor) -> Iterator[Tensor]:
@@ -147,5 +163,5 @@ def exponents_to_float(exponents: Tensor) -> Tensor:
 
 
 def _midpoints(levels: tuple[float, ...]) -> Tensor:
-    ordered = torch.tensor(levels)
+    ordered = torch.tensor(levels, dtype=torch.float32)
     return (ordered[:-1] + ordered[1:]) / 2

@@ -1,10 +1,10 @@
-"""The block layouts Q4_0, Q5_0, Q8_0 and MXFP4 of GGUF, from and to codes and scales.
+"""The block layouts Q4_0, Q5_0, Q8_0, IQ4_NL and MXFP4 of GGUF, from and to codes and scales.
 
 A block holds 32 consecutive weights of a row: a float16 scale (little endian), then the codes. Q8_0 stores
 them as signed bytes; Q4_0 stores code + 8 in 4 bits, weight j in the low and weight j + 16 in the high half
 of byte j. Q5_0 stores code + 16: first 32 bits that hold bit 4 of weight j in bit j, then the rest as Q4_0 does.
-MXFP4 leads with the scale's exponent in one byte and orders its 4-bit codes as Q4_0 does. Nothing is
-rounded here: the weight stays what code and scale say.
+IQ4_NL orders its codes, indices of levels, as Q4_0 does; so does MXFP4, which leads with the scale's exponent in
+one byte. Nothing is rounded here: the weight stays what code and scale say.
 """
 
 from __future__ import annotations
@@ -65,13 +65,23 @@ def unpack_q8_0(packed: Tensor) -> tuple[Tensor, Tensor]:
     return body.contiguous().view(torch.int8).flatten(1), scales
 
 
+def pack_iq4_nl(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes (n, m) uint8 in [0, 15] and scales (n, m / 32) float16 → (n, m / 32 * 18) uint8; see `pack_q4_0`."""
+    low, high = _indices(codes).chunk(2, dim=2)
+    return _join(_per_block(scales, low), low | high << 4)
+
+
+def unpack_iq4_nl(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_iq4_nl`: codes (n, m) uint8 and scales (n, m / 32) float16."""
+    scales, body = _split(packed, BLOCK // 2)
+    return torch.cat([body & 15, body >> 4], dim=2).flatten(1), scales
+
+
 def pack_mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
     """Codes (n, m) uint8 in [0, 15] and exponents (n, m / 32) uint8 → (n, m / 32 * 17) uint8; see `pack_q4_0`."""
-    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % BLOCK or codes.gt(15).any():
-        raise ValueError(f"expected uint8 codes (n, m) below 16, m a multiple of 32, found {codes.dtype} {codes.shape}")
     if exponents.dtype != torch.uint8 or exponents.shape != (codes.shape[0], codes.shape[1] // BLOCK):
         raise ValueError(f"expected uint8 exponents, one per block of {codes.shape}, found {exponents.shape}")
-    low, high = codes.contiguous().view(codes.shape[0], -1, BLOCK).chunk(2, dim=2)
+    low, high = _indices(codes).chunk(2, dim=2)
     return torch.cat([exponents.unsqueeze(2), low | high << 4], dim=2).flatten(1)
 
 
@@ -90,6 +100,13 @@ def _blocks(codes: Tensor, low: int, high: int) -> Tensor:
         raise ValueError(f"expected int8 codes (n, m) with m a multiple of 32, found {codes.dtype} {codes.shape}")
     if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
         raise ValueError(f"codes reach from {codes.min()} to {codes.max()}; the block holds {low} to {high}")
+    return codes.contiguous().view(codes.shape[0], -1, BLOCK)
+
+
+def _indices(codes: Tensor) -> Tensor:
+    """Codes (n, m) of 16 levels as (n, m / 32, 32)."""
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % BLOCK or codes.gt(15).any():
+        raise ValueError(f"expected uint8 codes (n, m) below 16, m a multiple of 32, found {codes.dtype} {codes.shape}")
     return codes.contiguous().view(codes.shape[0], -1, BLOCK)
 
 

@@ -190,6 +190,7 @@ ENCODINGS = {
     "int4 per channel": [Encoding("int4")],
     "int5 g32": [Encoding("int5", 32)],
     "mxfp4": [Encoding("mxfp4", 32)],
+    "iq4_nl": [Encoding("iq4_nl", 32)],
     "fp16": [Encoding("fp16")],
     "bf16": [Encoding("bf16")],
     "mixed": [
@@ -255,6 +256,7 @@ def test_the_header_says_what_the_file_holds(tmp_path: Path) -> None:
         ("int8", LlamaFileType.MOSTLY_Q8_0),
         ("int5", LlamaFileType.MOSTLY_Q5_0),
         ("mxfp4", LlamaFileType.MOSTLY_MXFP4_MOE),
+        ("iq4_nl", LlamaFileType.MOSTLY_IQ4_NL),
         ("fp16", LlamaFileType.MOSTLY_F16),
     ):
         Gguf().write(encoded(tiny(), Encoding(kind, 32 if kind != "fp16" else None)), tmp_path)
@@ -287,7 +289,7 @@ def test_half_precision_files_are_close_to_torch(kind: str, opened: Any) -> None
     assert kl(next(model.logits([window])), next(runtime.logits([window]))) < {"fp16": 1e-4, "bf16": 1e-2}[kind]
 
 
-@pytest.mark.parametrize("kind", ["int8", "int5", "int4", "mxfp4"])
+@pytest.mark.parametrize("kind", ["int8", "int5", "int4", "mxfp4", "iq4_nl"])
 def test_coded_files_differ_by_the_activations_only(kind: str, opened: Any) -> None:
     model = encoded(tiny(), Encoding(kind, 32))
     runtime = opened(model)
@@ -295,7 +297,8 @@ def test_coded_files_differ_by_the_activations_only(kind: str, opened: Any) -> N
     prefill, decoded = next(runtime.logits([window])), runtime.decode_logits(window)
     assert 0 < kl(next(model.logits([window])), prefill) < 0.02  # int8 activations
     assert kl(prefill, decoded) < 0.005
-    assert {"int8": "Q8_0", "int5": "Q5_0", "int4": "Q4_0", "mxfp4": "MXFP4"}[kind] in runtime.compute
+    types = {"int8": "Q8_0", "int5": "Q5_0", "int4": "Q4_0", "mxfp4": "MXFP4", "iq4_nl": "IQ4_NL"}
+    assert types[kind] in runtime.compute
     assert "int8 activations" in runtime.compute
 
 
@@ -422,7 +425,7 @@ def test_an_unknown_tokenizer_is_refused(change: Any, message: str, tmp_path: Pa
         (Encoding("int4", 32, symmetric=False), "use symmetric"),
         (Encoding("int8", 32, symmetric=False), "use symmetric"),
         (Encoding("int4", 48), "use group_size=32"),
-        (Encoding("nf4", 64), "use mxfp4 or int4"),
+        (Encoding("nf4", 64), "use iq4_nl, mxfp4 or int4"),
     ],
 )
 def test_what_no_block_holds_is_refused_with_a_remedy(encoding: Encoding, message: str) -> None:

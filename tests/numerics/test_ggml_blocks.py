@@ -15,10 +15,12 @@ from torch import Tensor
 from compress.encodings import EncodedTensor, Encoding
 from compress.numerics import ggml_blocks
 from compress.numerics.ggml_blocks import (
+    pack_iq4_nl,
     pack_mxfp4,
     pack_q4_0,
     pack_q5_0,
     pack_q8_0,
+    unpack_iq4_nl,
     unpack_mxfp4,
     unpack_q4_0,
     unpack_q5_0,
@@ -28,7 +30,7 @@ from compress.steps.quantize._fields import round_to_nearest
 
 Q4_0, Q8_0 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
 MXFP4 = gguf.GGMLQuantizationType.MXFP4
-Q5_0 = gguf.GGMLQuantizationType.Q5_0
+Q5_0, IQ4_NL = gguf.GGMLQuantizationType.Q5_0, gguf.GGMLQuantizationType.IQ4_NL
 FORMATS = {4: (pack_q4_0, unpack_q4_0, Q4_0), 5: (pack_q5_0, unpack_q5_0, Q5_0), 8: (pack_q8_0, unpack_q8_0, Q8_0)}
 
 
@@ -117,6 +119,29 @@ def test_any_mxfp4_codes_decode_to_the_very_weights(rows: int, groups: int, seed
     assert dequantize(packed.numpy(), MXFP4).tobytes() == tensor.decode().numpy().tobytes()
     back = unpack_mxfp4(packed)
     assert torch.equal(back[0], codes) and torch.equal(back[1], exponents)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32))
+def test_any_iq4_nl_codes_decode_to_the_very_weights(rows: int, groups: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, groups * 32), generator=generator, dtype=torch.uint8)
+    scales = torch.randn(rows, groups, generator=generator).half() * 0.001
+    packed = pack_iq4_nl(codes, scales)
+    tensor = EncodedTensor(Encoding("iq4_nl", 32), codes, scales)
+    assert dequantize(packed.numpy(), IQ4_NL).tobytes() == tensor.decode().numpy().tobytes()
+    back = unpack_iq4_nl(packed)
+    assert torch.equal(back[0], codes) and torch.equal(back[1], scales)
+
+
+def test_iq4_nl_holds_what_the_c_library_chose_and_our_search_chooses_better() -> None:
+    W = torch.randn(64, 160, generator=torch.Generator().manual_seed(0)) * 0.05
+    theirs = torch.frombuffer(bytearray(c_quantize(W, int(IQ4_NL), 64 * 5 * 18)), dtype=torch.uint8).view(64, -1)
+    codes, scales = unpack_iq4_nl(theirs)
+    assert torch.equal(pack_iq4_nl(codes, scales), theirs)
+    held = EncodedTensor(Encoding("iq4_nl", 32), codes, scales).decode()
+    ours = round_to_nearest("W", W, Encoding("iq4_nl", 32), search=True).decode()
+    assert (W - ours).square().sum() < (W - held).square().sum() < 1.1 * (W - ours).square().sum()
 
 
 def test_what_does_not_fit_mxfp4_is_refused() -> None:

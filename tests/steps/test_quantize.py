@@ -75,14 +75,15 @@ def test_gptq_loses_less_than_rounding_on_its_inputs(group_size, symmetric):
     assert gptq < 0.7 * loss(W, round_to_nearest("w", W, encoding, search=True), H)
 
 
-@pytest.mark.parametrize("encoding", [Encoding("nf4", 16), Encoding("mxfp4", 32)])
+@pytest.mark.parametrize("encoding", [Encoding("nf4", 16), Encoding("mxfp4", 32), Encoding("iq4_nl", 32)])
 def test_gptq_chooses_codes_of_codebooks(encoding):
     W, H = problem(6, n=30, m=96, tokens=400)
     mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) > 0.4
     plain = loss(W, round_to_nearest("w", W, encoding, search=True), H)
     assert loss(W, solve(W, Moments(H), encoding, 0.01, search=True), H) < 0.7 * plain
-    found = solve(W * mask, Moments(H), encoding, 0.01, search=True, mask=mask).decode()
-    assert not found[~mask].any() and found[mask].any()
+    if encoding.holds_zero:
+        found = solve(W * mask, Moments(H), encoding, 0.01, search=True, mask=mask).decode()
+        assert not found[~mask].any() and found[mask].any()
 
 
 def slow_ordered_gptq(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compress.architectures import Facts
-from compress.encodings import CODEBOOK_BITS, MX_GROUP, EncodedTensor, Encoding
+from compress.encodings import CODEBOOK_BITS, FIXED_GROUPS, EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Step
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from compress.numerics.affine import Grid
     from compress.numerics.codebook import CodebookGrid
 
-CodedName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4"]
-EncodingName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4", "fp16", "bf16", "fp32"]
+CodedName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4", "iq4_nl"]
+EncodingName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4", "iq4_nl", "fp16", "bf16", "fp32"]
 
 
 class WeightQuantization(Step):
     """Linears of the blocks in `encoding`, except those that `keep` names; embeddings on their own.
 
-    group_size: input channels per scale, or "channel" for one scale per row (mxfp4 always has its own 32).
-    symmetric: whether integer codes go without zero points; codebooks always do. keep: glob over module names →
+    group_size: input channels per scale, or "channel" for one scale per row (mxfp4 and iq4_nl always have
+    their own 32). symmetric: whether integer codes go without zero points; codebooks always do. keep: glob over module names →
     encoding ("fp32" leaves them as they are); the last match wins. embeddings: encoding of the token
     embedding and the output head (tied or not), rounded to nearest; null leaves them in float32.
     """
 
     packs: ClassVar[bool] = True
-    codebooks: ClassVar[bool] = False  # whether this method can choose codes of nf4 and mxfp4
+    codebooks: ClassVar[bool] = False  # whether this method can choose codes of codebooks
 
     encoding: CodedName = "int4"
     group_size: int | Literal["channel"] = Field(32)
@@ -50,8 +50,11 @@ class WeightQuantization(Step):
             raise RecipeError(f"{self.name} chooses integer codes, not {asked[0]}'s; use quantize.rtn, gptq or awq")
         if self.encoding in CODEBOOK_BITS and not self.symmetric:
             raise RecipeError(f"symmetric: {self.encoding} is a codebook without zero points; leave it true")
-        if self.encoding == "mxfp4" and self.group_size != MX_GROUP:
-            raise RecipeError(f"group_size={self.group_size}: mxfp4 shares a scale over {MX_GROUP} channels, always")
+        fixed = FIXED_GROUPS.get(self.encoding)
+        if fixed is not None and self.group_size != fixed:
+            raise RecipeError(
+                f"group_size={self.group_size}: {self.encoding} shares a scale over {fixed} channels, always"
+            )
         return self
 
     def check(self, facts: Facts) -> None:
@@ -83,9 +86,7 @@ class WeightQuantization(Step):
         if name in ("fp16", "bf16", "fp32"):
             return Encoding(name)
         size = None if self.group_size == "channel" else self.group_size
-        if name == "nf4" or name == "mxfp4":
-            return Encoding(name, MX_GROUP if name == "mxfp4" else size)
-        return Encoding(name, size, self.symmetric)
+        return Encoding(name, FIXED_GROUPS.get(name, size), name in CODEBOOK_BITS or self.symmetric)
 
 
 def refuse_encoded(model: Model, names: Mapping[str, Encoding]) -> None:
