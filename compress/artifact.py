@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ def bits_per_weight(model: Model) -> float:
         if isinstance(tensor, torch.Tensor):
             bits, weights = bits + 32 * tensor.numel(), weights + tensor.numel()
         else:
-            bits, weights = bits + 8 * tensor.nominal_bytes, weights + tensor.codes.numel()
+            bits, weights = bits + 8 * tensor.nominal_bytes, weights + math.prod(tensor.shape)
     return bits / weights
 
 

@@ -6,6 +6,7 @@ scales are the single truth: the float32 weight of a module always equals `decod
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,19 @@ if TYPE_CHECKING:
 AFFINE_BITS = {"int8": 8, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
 CODEBOOK_BITS = {"nf4": 4, "mxfp4": 4, "iq4_nl": 4}
 FIXED_GROUPS = {"mxfp4": 32, "iq4_nl": 32}  # weights that share a scale, by definition of the formats
+GGML_BLOCKS = {  # weights and bytes of a block whose inner layout is llama.cpp's
+    "q4_1": (32, 20),
+    "q5_1": (32, 24),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+    "iq4_xs": (256, 136),
+}
 FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
-NAMES = (*AFFINE_BITS, *CODEBOOK_BITS, *FLOAT_DTYPES)
+NAMES = (*AFFINE_BITS, *CODEBOOK_BITS, *GGML_BLOCKS, *FLOAT_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -27,12 +38,12 @@ class Encoding:
     """A storage format of a weight matrix.
 
     name: one of `NAMES`. group_size: input channels that share a scale (None = a whole row; mxfp4 and iq4_nl:
-    always 32; unused by floats). symmetric: codes are signed without a zero point (affine only).
+    always 32; unused by blocks and floats). symmetric: codes are signed without a zero point (affine only).
 
     Symmetric affine codes lie in [-2^(b-1), 2^(b-1) - 1] with *signed* float16 scales, except int8, which
     uses [-127, 127]; asymmetric codes lie in [0, 2^b - 1] with an integer zero point: w = (q - z) * s, so
     that zero is always represented exactly. Codebooks (`numerics.codebook`) store the index of a level;
-    all but iq4_nl hold zero exactly too.
+    all but iq4_nl hold zero exactly too. The blocks of llama.cpp hold scales of scales and are kept as their bytes.
     """
 
     name: str
@@ -42,6 +53,8 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise RecipeError(f"unknown encoding {self.name!r}; known: {', '.join(NAMES)}")
+        if self.is_block and self.group_size is not None:
+            raise RecipeError(f"{self.name} has blocks of its own; leave group_size={self.group_size} out")
         if self.is_codebook and not self.symmetric:
             raise RecipeError(f"{self.name} is a codebook without zero points; use symmetric: true")
         fixed = FIXED_GROUPS.get(self.name)
@@ -59,14 +72,19 @@ class Encoding:
         return self.name in CODEBOOK_BITS
 
     @property
+    def is_block(self) -> bool:
+        """Whether the encoding is a block of llama.cpp's that is stored as its bytes."""
+        return self.name in GGML_BLOCKS
+
+    @property
     def is_coded(self) -> bool:
-        """Whether the encoding stores codes with scales, affine or of a codebook, and not floats."""
-        return self.is_affine or self.is_codebook
+        """Whether the encoding stores codes, and not floats."""
+        return self.is_affine or self.is_codebook or self.is_block
 
     @property
     def holds_zero(self) -> bool:
         """Whether a pruned weight stays exactly zero."""
-        return self.name != "iq4_nl"
+        return self.name != "iq4_nl" and not self.is_block
 
     @property
     def signed(self) -> bool:
@@ -75,8 +93,8 @@ class Encoding:
 
     @property
     def bits(self) -> int:
-        """Bits of one code (or of one float)."""
-        return {**AFFINE_BITS, **CODEBOOK_BITS, **FLOAT_BITS}[self.name]
+        """Bits of one code (or of one float, or of a block's byte)."""
+        return 8 if self.is_block else {**AFFINE_BITS, **CODEBOOK_BITS, **FLOAT_BITS}[self.name]
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -93,7 +111,10 @@ class Encoding:
 
     def groups(self, in_features: int) -> int:
         """Number of groups per row; raises RecipeError where the group size does not divide."""
-        size = self.group_size or in_features
+        size = GGML_BLOCKS[self.name][0] if self.is_block else self.group_size or in_features
+        if in_features % size and self.is_block:
+            remedy = "use q4_0, q5_0, q8_0 or iq4_nl" if size > 32 else "use fp16"
+            raise RecipeError(f"{in_features} input channels are not a multiple of {self.name}'s {size}; {remedy}")
         if in_features % size and self.name in FIXED_GROUPS:
             raise RecipeError(
                 f"{in_features} input channels are not a multiple of {self.name}'s {size}; use int4 or nf4"
@@ -111,13 +132,16 @@ class Encoding:
         >>> Encoding("int4", 32).bits_per_weight(576), Encoding("mxfp4", 32).bits_per_weight(576)
         (4.5, 4.25)
         """
+        if self.is_block:
+            size, count = GGML_BLOCKS[self.name]
+            return 8 * count / size
         if not self.is_coded:
             return float(self.bits)
         overhead = (8 if self.name == "mxfp4" else 16) + (0 if self.symmetric else self.bits)
         return self.bits + overhead * self.groups(in_features) / in_features
 
     def __str__(self) -> str:
-        if not self.is_coded:
+        if not self.is_coded or self.is_block:
             return self.name
         group = f" g{self.group_size}" if self.group_size else " per channel"
         return f"{self.name}{group}{'' if self.symmetric else ' asymmetric'}"
@@ -128,8 +152,8 @@ class EncodedTensor:
     """A weight matrix (n, m) in an encoding.
 
     codes: (n, m) int8 (symmetric), uint8 (asymmetric or a codebook), or the float values themselves for float
-    encodings. scales: (n, groups) float16, or uint8 exponents (mxfp4). zero_points: (n, groups) uint8,
-    asymmetric only.
+    encodings; llama.cpp's blocks are (n, bytes of a row) uint8 and hold their own scales. scales: (n, groups)
+    float16, or uint8 exponents (mxfp4). zero_points: (n, groups) uint8, asymmetric only.
     """
 
     encoding: Encoding
@@ -137,10 +161,22 @@ class EncodedTensor:
     scales: Tensor | None = None
     zero_points: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's own shape, whatever that of its codes."""
+        if not self.encoding.is_block:
+            return tuple(self.codes.shape)
+        size, count = GGML_BLOCKS[self.encoding.name]
+        return self.codes.shape[0], self.codes.shape[1] // count * size
+
     def decode(self) -> Tensor:
         """The weight in float32: (codes - zero_points) * scales or level[codes] * scales, (n, m)."""
         if not self.encoding.is_coded:
             return self.codes.float()
+        if self.encoding.is_block:
+            from compress.numerics.ggml_blocks import decode_blocks
+
+            return decode_blocks(self.codes, self.encoding.name)
         assert self.scales is not None
         n, m = self.codes.shape
         if self.encoding.is_codebook:
@@ -156,7 +192,7 @@ class EncodedTensor:
     @property
     def nominal_bytes(self) -> float:
         """Bytes of codes, scales and zero points when packed without padding."""
-        return self.codes.numel() * self.encoding.bits_per_weight(self.codes.shape[1]) / 8
+        return math.prod(self.shape) * self.encoding.bits_per_weight(self.shape[-1]) / 8
 
 
 def describe(name: str) -> str:
@@ -173,6 +209,9 @@ def describe(name: str) -> str:
             "mxfp4": f"4-bit floats (e2m1), a power of two as scale per {FIXED_GROUPS['mxfp4']} weights",
             "iq4_nl": f"16 uneven levels of llama.cpp's, none 0, a float16 scale per {FIXED_GROUPS['iq4_nl']} weights",
         }[name]
+    if name in GGML_BLOCKS:
+        size, count = GGML_BLOCKS[name]
+        return f"llama.cpp's blocks of {size} weights in {count} bytes ({8 * count / size:.4g} bits), by quantize.ggml"
     low, high = Encoding(name, 32).code_range
     return (
         f"integer codes {low}…{high}, a float16 scale per group "

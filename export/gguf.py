@@ -1,8 +1,9 @@
-"""GGUF files for llama.cpp: codes and scales as Q4_0, Q5_0, Q8_0, IQ4_NL and MXFP4 blocks, never quantized again."""
+"""GGUF files for llama.cpp: our codes and scales in its blocks, and its own blocks, never quantized again."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures import ARCHITECTURES, Facts
-from compress.encodings import EncodedTensor, Encoding
+from compress.encodings import GGML_BLOCKS, EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
 from compress.interfaces import Exporter, LanguageModel
 
@@ -43,13 +44,17 @@ DIALECTS = {
     "qwen3": Dialect("qwen3", interleaved=False),
 }
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # the way back
-_QUANTIZED = {"Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"}
-_FILE_TYPES = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}  # llama.cpp knows MXFP4 from mixtures of experts
+_UNQUANTIZED = {"F32", "F16", "BF16"}
+_FILE_TYPES = {
+    "F32": "ALL_F32",
+    "MXFP4": "MOSTLY_MXFP4_MOE",  # llama.cpp knows it from mixtures of experts
+    **{f"Q{bits}_K": f"MOSTLY_Q{bits}_K_S" for bits in (3, 4, 5)},  # S: no tensor gets a larger type than asked for
+}
 _QUERY, _KEY = ".self_attn.q_proj.", ".self_attn.k_proj."
 
 
 class Gguf(Exporter):
-    """One .gguf file: float32, F16, BF16, Q8_0, Q5_0 and Q4_0 (int8, int5 and int4 codes), IQ4_NL and MXFP4 tensors."""
+    """One .gguf file: float32, F16 and BF16 tensors, and int8, int5, int4, iq4_nl, mxfp4 and llama.cpp's own blocks."""
 
     name = "gguf"
     runtime = "llama.cpp"
@@ -149,11 +154,11 @@ class Gguf(Exporter):
                 raise RecipeError(f"gguf: {reason}")
             tensor = _reordered(name, tensor, dialect, facts.heads, facts.kv_heads, back=False)
             kind, data = _to_file(tensor, name)
-            weights[kind] += tensor.numel() if not isinstance(tensor, EncodedTensor) else tensor.codes.numel()
+            weights[kind] += tensor.numel() if not isinstance(tensor, EncodedTensor) else math.prod(tensor.shape)
             writer.add_tensor(names[name], data, raw_dtype=gguf.GGMLQuantizationType[kind])
         majority = weights.most_common(1)[0][0]
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES.get(majority, f"MOSTLY_{majority}")])
-        if weights.keys() & _QUANTIZED:
+        if weights.keys() - _UNQUANTIZED:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -237,6 +242,8 @@ def _to_file(tensor: EncodedTensor | Tensor, name: str) -> tuple[str, np.ndarray
             return "F32", codes.float().contiguous().numpy()
         kind = {torch.float16: "F16", torch.bfloat16: "BF16"}[codes.dtype]
         return kind, codes.contiguous().view(torch.uint8).numpy()
+    if tensor.encoding.is_block:
+        return tensor.encoding.name.upper(), codes.contiguous().numpy()
     assert scales is not None
     if codes.shape[1] % BLOCK:
         raise RecipeError(f"gguf: {name} has {codes.shape[1]} input channels, not a multiple of 32; keep it fp16")
@@ -268,6 +275,8 @@ def _from_file(kind: str, data: np.ndarray[Any, Any], where: str) -> EncodedTens
         return EncodedTensor(Encoding("mxfp4", BLOCK), *unpack_mxfp4(raw))
     if kind == "IQ4_NL":
         return EncodedTensor(Encoding("iq4_nl", BLOCK), *unpack_iq4_nl(raw))
+    if kind.lower() in GGML_BLOCKS:
+        return EncodedTensor(Encoding(kind.lower()), raw)
     blocks = {"Q4_0": ("int4", unpack_q4_0), "Q5_0": ("int5", unpack_q5_0), "Q8_0": ("int8", unpack_q8_0)}
     if kind not in blocks:
         raise RecipeError(f"{where} is {kind}, which compress does not write")

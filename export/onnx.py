@@ -49,7 +49,7 @@ class Onnx(Exporter):
         """Codebooks, and groups that no kernel block of 16 to 128 channels divides."""
         from export._onnx_packing import BLOCKS, block_size
 
-        if encoding.is_codebook:
+        if encoding.is_codebook or encoding.is_block:
             # There is MatMulBnb4 for nf4, with float32 scales, and nothing to gather an embedding with.
             return f"{tensor}: MatMulNBits and GatherBlockQuantized hold integer codes, not {encoding.name}; use int4"
         if encoding.is_affine and encoding.group_size is not None and block_size(encoding) is None:

@@ -20,6 +20,7 @@ FIELDS = {
     "quantize.rtn": {"group_size": 16},
     "quantize.gptq": {"group_size": 16},
     "quantize.awq": {"group_size": 16},
+    "quantize.ggml": {"type": "q4_1"},
     "quantize.hqq": {"group_size": 16},
     "accuracy": {"max_drop": 3.0},
     "perplexity": {"max_increase": "5%"},

@@ -4,13 +4,20 @@ A block holds 32 consecutive weights of a row: a float16 scale (little endian), 
 them as signed bytes; Q4_0 stores code + 8 in 4 bits, weight j in the low and weight j + 16 in the high half
 of byte j. Q5_0 stores code + 16: first 32 bits that hold bit 4 of weight j in bit j, then the rest as Q4_0 does.
 IQ4_NL orders its codes, indices of levels, as Q4_0 does; so does MXFP4, which leads with the scale's exponent in
-one byte. Nothing is rounded here: the weight stays what code and scale say.
+one byte. Nothing is rounded in packing: the weight stays what code and scale say. The further types, with scales of
+scales, are rounded by llama.cpp's own library and stay its bytes.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+from compress.errors import NumericalError, RecipeError
 
 BLOCK = 32  # weights per block
 
@@ -92,6 +99,59 @@ def unpack_mxfp4(packed: Tensor) -> tuple[Tensor, Tensor]:
     blocks = packed.view(packed.shape[0], -1, 1 + BLOCK // 2)
     body = blocks[:, :, 1:]
     return torch.cat([body & 15, body >> 4], dim=2).flatten(1), blocks[:, :, 0].contiguous()
+
+
+def decode_blocks(packed: Tensor, kind: str) -> Tensor:
+    """Float32 weights (n, m) of rows of blocks (n, bytes) uint8; kind: GGUF's name of the type in lower case."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    return torch.from_numpy(dequantize(packed.contiguous().numpy(), GGMLQuantizationType[kind.upper()]))
+
+
+def encode_blocks(W: Tensor, kind: str, importance: Tensor | None = None) -> Tensor:
+    """W (n, m) float32 as rows of blocks (n, bytes) uint8, rounded by llama.cpp's own library.
+
+    importance: (m,) float32, the mean square of each input channel, or None. Raises NumericalError for non-finite
+    weights, and RecipeError where the library is missing or m is no multiple of the block.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    number = GGMLQuantizationType[kind.upper()]
+    size, count = GGML_QUANT_SIZES[number]
+    n, m = W.shape
+    if m % size:
+        raise RecipeError(f"{m} input channels are not a multiple of {kind}'s {size}")
+    if not bool(torch.isfinite(W).all()):
+        raise NumericalError("non-finite weights")
+    W = W.float().contiguous()
+    out = torch.empty(n, m // size * count, dtype=torch.uint8)
+    weights = None if importance is None else importance.float().contiguous()
+    address = None if weights is None else weights.data_ptr()
+    written = _library().ggml_quantize_chunk(int(number), W.data_ptr(), out.data_ptr(), 0, n, m, address)
+    if written != out.numel():
+        raise NumericalError(f"libggml wrote {written} bytes of {kind}, expected {out.numel()}")
+    return out
+
+
+def _library() -> ctypes.CDLL:
+    """llama.cpp's libggml-base, of which llama-cpp-python has one."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise RecipeError("llama.cpp's blocks need llama-cpp-python; pip install 'compress-toolkit[gguf]'")
+    folder = Path(spec.origin).parent / "lib"
+    found = sorted([*folder.glob("libggml-base.*"), *folder.glob("ggml-base.dll")])
+    if not found:
+        raise RecipeError(f"{folder} holds no libggml-base; install llama-cpp-python again")
+    library = ctypes.CDLL(str(found[0]))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    return library
 
 
 def _blocks(codes: Tensor, low: int, high: int) -> Tensor:

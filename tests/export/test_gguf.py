@@ -92,21 +92,23 @@ def tiny(kind: str = "llama", tokenizer: Any = None, tied: bool = False, seed: i
     """A random model of two layers whose attention matters: its weights and biases are large."""
     tokenizer = tokenizer or trained_tokenizer()
     config_class, model_class = MODELS[kind]
-    options.setdefault("max_position_embeddings", 256)
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32 if kind == "qwen3" else 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.25,
+    }
     config = config_class(
         vocab_size=len(tokenizer) + 5,  # rows that no token uses
-        hidden_size=64,
-        intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32 if kind == "qwen3" else 16,
         tie_word_embeddings=tied,
         sliding_window=None,
-        initializer_range=0.25,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        **options,
+        **{**shape, **options},
     )
     torch.manual_seed(seed)
     model = Model(model_class(config), tokenizer)
