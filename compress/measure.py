@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,15 +29,25 @@ WINDOWS_AT_ONCE = 4  # of 512 tokens: about 400 MB of float32 logits under a voc
 def open_model(spec: str, dtype: str = "float32") -> LanguageModel:
     """Whatever `spec` names, in the runtime that executes it.
 
-    A folder with model.onnx opens in onnxruntime, a .gguf file in llama.cpp, all else in torch, see
-    `opening.load`.
+    A folder with model.onnx opens in onnxruntime, one packed by compressed-tensors in transformers, a .gguf file in
+    llama.cpp, all else in torch, see `opening.load`.
     """
     path = Path(spec).expanduser()
     if (path / "model.onnx").is_file():
         return plugin.exporter("onnx")().open(path)
+    if _is_packed(path / "config.json"):
+        return plugin.exporter("checkpoint")().open(path)
     if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf"))):
         return plugin.exporter("gguf")().open(path)
     return opening.load(spec, dtype)
+
+
+def _is_packed(config: Path) -> bool:
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return found.get("quantization_config", {}).get("quant_method") == "compressed-tensors"
 
 
 def documents_of(source: str, length: int, documents: int | None, seed: int = 0) -> Documents:
