@@ -47,7 +47,7 @@ def _is_packed(config: Path) -> bool:
         found = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return found.get("quantization_config", {}).get("quant_method") == "compressed-tensors"
+    return bool(found.get("quantization_config", {}).get("quant_method") == "compressed-tensors")
 
 
 def documents_of(source: str, length: int, documents: int | None, seed: int = 0) -> Documents:
