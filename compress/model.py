@@ -156,6 +156,12 @@ class Model:
         ids = self.module.generation_config.eos_token_id
         return frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
 
+    @property
+    def bos_id(self) -> int | None:
+        """The tokenizer's begin-of-sequence token."""
+        found: int | None = self.tokenizer.bos_token_id
+        return found
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added before or after, special-token texts are recognized."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
