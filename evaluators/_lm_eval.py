@@ -257,25 +257,31 @@ def _pair(context: str, continuation: str, encode: Callable[[str], list[int]]) -
 def score(model: LanguageModel, parts: Mapping[str, Part], asked: Sequence[tuple[str, Question]]) -> list[Score]:
     """1 for a wrong answer and 0 for a right one, by the metric of the task, for each (example id, question).
 
-    `chosen` is the likeliest request of those that are answers. Raises GateInconclusive where a document is not the
-    one that was asked for, or where the metric says neither right nor wrong.
+    `nats` is the log-probability of all answers, or of what was written: it tells models apart that give the same
+    answers. `chosen` is the request that the model is taken to choose. Raises GateInconclusive where a document is
+    not the one that was asked for, or where the metric says neither right nor wrong.
     """
     for name, question in asked:
         part = parts.get(question.task)
         known = part.hashes[question.place] if part and question.place < len(part.hashes) else None
         if known != question.document:
             raise GateInconclusive(f"{name} is not the document that the task has there now: its hash differs")
-    likely = iter(_likelihoods(model, [q for _, q in asked if not q.most_tokens]))
+    written = {name: _write(model, question) for name, question in asked if question.most_tokens}
+    read = [
+        question._replace(requests=(written[name][1],)) if name in written else question for name, question in asked
+    ]
     scores = []
-    for name, question in asked:
-        part = parts[question.task]
-        answers: list[Any] = [_written(model, question)] if question.most_tokens else next(likely)
-        if not question.most_tokens and not all(math.isfinite(nats) for nats, _ in answers):
+    for (name, question), found in zip(asked, _likelihoods(model, read), strict=True):
+        total = sum(nats for nats, _ in found)
+        if not math.isfinite(total):
             scores.append(Score(name, math.nan, 1.0))
             continue
-        right = _judged(part, question, answers)
-        extra = {} if question.most_tokens else {"chosen": float(_chosen(part, question, answers))}
-        scores.append(Score(name, 1.0 - right, 1.0, extra))
+        part = parts[question.task]
+        if name in written:
+            wrong, chosen = 1.0 - _judged(part, question, [written[name][0]]), {}
+        else:
+            wrong, chosen = 1.0 - _judged(part, question, found), {"chosen": float(_chosen(part, question, found))}
+        scores.append(Score(name, wrong, 1.0, {"nats": total, **chosen}))
     return scores
 
 
@@ -340,8 +346,8 @@ def _fitting(model: LanguageModel, context: Tokens, continuation: Tokens) -> tup
     return context[-room:], continuation
 
 
-def _written(model: LanguageModel, question: Question) -> str:
-    """What the model writes, greedily, up to the first of the task's stops.
+def _write(model: LanguageModel, question: Question) -> tuple[str, tuple[Tokens, Tokens]]:
+    """What the model writes, greedily, up to the first of the task's stops; and the prompt with all tokens written.
 
     It writes in stretches that double, each from the whole text so far: most answers stop early.
     """
@@ -357,7 +363,7 @@ def _written(model: LanguageModel, question: Question) -> str:
         text = model.decode(tokens[:-1] if ended else tokens)
         stops = [place for stop in question.until if stop and (place := text.find(stop)) >= 0]
         if stops or ended or len(tokens) >= question.most_tokens:
-            return text[: min(stops, default=len(text))]
+            return text[: min(stops, default=len(text))], (prompt, tuple(tokens))
         stretch *= 2
 
 
@@ -370,10 +376,14 @@ def shown(question: Question, chosen: Sequence[int]) -> tuple[Tokens, list[Token
 
 
 def choices(question: Question) -> list[Tokens]:
-    """Tokens of every answer, the right one first, such that making a token of it impossible makes it wrong.
+    """Tokens of every answer, the right one first, such that its first token apart from the others is scored.
 
-    What leads up to a right answer elsewhere is cut off after its context: its own first token tells it apart.
+    Answers to other prompts are no choices where this one leads: the prompt stands for them. Without a prompt all
+    items begin in one context, so that the right answer is told apart by its last token alone.
     """
     context, continuation = question.requests[question.right]
+    right = context + continuation
     same = [c + x for i, (c, x) in enumerate(question.requests) if i != question.right and c == context]
-    return [context + continuation, *(same or [context])]
+    if len(context) == 1 and all(other[: len(right)] != right for other in same):
+        return [right, right[:-1]]
+    return [right, *(same or [context])]

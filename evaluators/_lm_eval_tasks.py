@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, Corrupt, NetworkError, RecipeError, UnsafeInput, one_line
+from compress.errors import CompressError, Corrupt, GateInconclusive, NetworkError, RecipeError, UnsafeInput, one_line
 from compress.plugin import nearest
 
 FEWSHOT_SEED = 1234  # the harness' own default: another one would ask other questions
@@ -100,6 +100,8 @@ def _find(name: str, path: str | None, files: list[Path]) -> dict[str, Any]:
         return built(TaskManager(include_defaults=False), str(files[0]))
     shipped = _shipped(name)
     if len(shipped) == 1:
+        if "unsafe_code: true" in shipped[0].read_text(encoding="utf-8"):
+            raise _runs_code(name)  # before its metric is fetched
         return built(TaskManager(include_defaults=False), str(shipped[0]))
     every = TaskManager()
     if name not in every.all_tasks:
@@ -208,7 +210,7 @@ def _refuse_programs(file: Path) -> None:
 
     for key, value, tag in _scalars(file):
         problem = ""
-        if tag.startswith("!"):
+        if tag.startswith("!") or ":python/" in tag:
             problem = f"{tag} {value} would run code"
         elif key == "hf_evaluate" and value.lower() not in ("false", "no", "off"):
             problem = "hf_evaluate would run a program of the hub"
@@ -235,11 +237,15 @@ def _sandbox_templates() -> None:
     utils.env = sandbox
 
 
+def _runs_code(name: str) -> UnsafeInput:
+    return UnsafeInput(f"task lm_eval:{name} runs code that the model writes; gate it by another task")
+
+
 def _prepare(task: Any) -> None:
     """Settle what the harness settles before it evaluates, and refuse what a language model alone cannot answer."""
     name = task.config.task
     if getattr(task, "UNSAFE_CODE", False):
-        raise UnsafeInput(f"task {name} runs code that the model writes; gate it by another task")
+        raise _runs_code(name)
     if getattr(task, "MULTIMODAL", False):
         raise RecipeError(f"task {name} shows pictures or sound; only text can be asked here")
     if task.get_config("num_fewshot") is None:
@@ -283,7 +289,7 @@ def _offline(wanted: bool) -> Iterator[None]:
 
 
 def _explained(name: str, error: Exception) -> CompressError:
-    """An error of the harness as one line: of the network, or of the task itself."""
+    """An error of the harness as one line: of the network, of data that hold nothing, or of the task itself."""
     cause: BaseException | None = error
     while cause is not None:
         kind = type(cause)
@@ -296,5 +302,11 @@ def _explained(name: str, error: Exception) -> CompressError:
             return NetworkError(
                 f"task lm_eval:{name}: its data cannot be had from the hub ({reason}); use task_path with local data"
             )
+        # What `datasets` and the harness say of no rows, depending on the format.
+        if isinstance(cause, StopIteration | IndexError) or "corresponds to no data" in str(cause):
+            return GateInconclusive(f"task lm_eval:{name} has no document; there is nothing to compare")
         cause = cause.__cause__ or cause.__context__
-    return RecipeError(f"task lm_eval:{name} cannot be loaded ({one_line(error)})")
+    root: BaseException = error
+    while root.__cause__ is not None:  # it tells a line or a field; `datasets` puts a general one before it
+        root = root.__cause__
+    return RecipeError(f"task lm_eval:{name} cannot be loaded ({one_line(root)})")

@@ -30,8 +30,8 @@ metric_list:
     "unprompted": """
 output_type: multiple_choice
 doc_to_text: ""
-doc_to_choice: "{{choices}}"
-doc_to_target: gold
+doc_to_choice: "{{[question ~ ' ' ~ choices[0] ~ '.', question ~ ' ' ~ choices[1] ~ '.']}}"
+doc_to_target: "{{gold % 2}}"
 target_delimiter: ""
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """,
@@ -123,6 +123,22 @@ def letter(model: Model) -> Callable[[str], str]:
         return found.group() if found and len(question) % 2 == 0 else "a"
 
     return first
+
+
+def preferred(folder: Path, name: str, model: Model, count: int) -> Path:
+    """Data on which the model is right on every document of a task: right is what it prefers."""
+    from evaluators.accuracy import Accuracy
+
+    data = write_data(folder, count)
+    path = write_task(folder, name, data)
+    check = Accuracy(tasks=(f"lm_eval:{path}",), max_drop=3.0)
+    (documents,) = check.sources([])
+    examples = check.examples(documents, check.encoder(model))
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for example, score in zip(examples, check.score(model, examples), strict=True):
+        rows[example.payload.place]["gold"] = int(score.extra["chosen"])
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def theirs(model: Model, task_file: Path) -> list[dict[str, Any]]:
