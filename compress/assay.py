@@ -115,7 +115,7 @@ def _missed(check: Evaluator, decision: Decision, planted: float) -> str:
 def settings(check: Evaluator) -> list[Any]:
     """What an assay of a check depends on besides data and baseline; equal lists need one assay."""
     kept = check.model_dump(mode="json", exclude={"against", "confidence", "max_documents"})
-    return [VERSION, check.name, check.version, kept]
+    return [VERSION, check.name, check.version, kept, check.reads()]
 
 
 def examine(
@@ -144,8 +144,8 @@ def _cases(
     if check.statistic in ("exact", "census"):
         return
     for data in check.sources(datasets):
-        if check.planted is None:
-            yield _Case(check, _first(data), untested="no loss is known that could be planted for this metric")
+        if reason := check.untestable(data):
+            yield _Case(check, _first(data), untested=reason)
             continue
         try:
             comparable, _ = check.comparable(data, lambda part: _reference(check, part, baseline, cache)[1])
@@ -167,7 +167,7 @@ def _reference(
     examples: list[Example] = []
     scores: list[Score] = []
     for documents in batches(data.documents):
-        batch = check.examples(replace(data, documents=documents), baseline.encode)
+        batch = check.examples(replace(data, documents=documents), check.encoder(baseline))
         examples += batch
         scores += cached_scores(check, baseline, data, batch, cache)
     return examples, scores
@@ -179,6 +179,7 @@ def _plant(cases: Sequence[_Case], baseline: LanguageModel, cache: ScoreCache | 
         if case.check.planted == "answers" and not case.untested:
             progress(f"planting in {case.data.source}", 0.0)
             examples, scores = _reference(case.check, case.data, baseline, cache)
+            examples = [replace(e, payload=case.check.choices(e)) for e in examples]
             why = f"the baseline has too few right answers to lose {case.target:.2%} of them"
             case.plant(planting.forgetting(examples, scores, case.target), baseline, why)
     for group in _by_documents([case for case in cases if case.kind and not case.untested]):

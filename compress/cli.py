@@ -160,10 +160,12 @@ def ls(
     with errors(debug):
         from compress import encodings, plugin
         from compress import recipe as recipes
+        from evaluators import accuracy
 
         found: dict[str, dict[str, str]] = {"recipes": recipes.shipped()}
         for kind in ("step", "evaluator", "exporter"):
             found[f"{kind}s"] = {name: plugin.summary(kind, name) for name in plugin.names(kind)}
+        found["tasks of accuracy"] = accuracy.summaries()
         found["encodings"] = {name: encodings.describe(name) for name in encodings.NAMES}
     if as_json:
         print_json(found)
@@ -307,9 +309,10 @@ def _power_lines(checks: Sequence[dict[str, Any]]) -> list[str]:
             lines.append(f"{check['metric']} on {check['source']}: {margin}")
             continue
         resolves = check["resolves_shown"] or "unknown"
+        count = "an unknown number of" if check["documents"] is None else check["documents"]
         lines.append(
             f"{check['metric']} on {check['source']}: margin {check['margin_shown']}, "
-            f"resolves {resolves} at 80 % power with {check['documents']} documents"
+            f"resolves {resolves} at 80 % power with {count} documents"
             + (f"; no loss is proven with {check['lossless']}" if check["lossless"] else "")
         )
     return lines

@@ -52,6 +52,10 @@ class LanguageModel(Protocol):
     def eos_ids(self) -> frozenset[int]:
         """Ids that end a generation."""
 
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a sequence, or None where the tokenizer has none; `encode` does not add it."""
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as this runtime tokenizes it, without special tokens added."""
 
@@ -217,6 +221,23 @@ class Evaluator(Plugin, ABC):
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """What is looked at, source by source: the evaluation sources, or items made from or beside them."""
         return list(datasets)
+
+    def foreseen(self, datasets: Sequence[Documents]) -> list[Documents | str]:
+        """`sources` as far as they are known without network; the name of one whose documents are not."""
+        return [*self.sources(datasets)]
+
+    def reads(self) -> str:
+        """Digest of what it reads besides the evaluation data: a part of every cache key. Empty for nothing."""
+        return ""
+
+    def untestable(self, data: Documents) -> str:
+        """Why no loss can be planted in one of its sources, or an empty text."""
+        return "" if self.planted else "no loss is known that could be planted for this metric"
+
+    def choices(self, example: Example) -> Sequence[Sequence[int]]:
+        """Where `planted` is "answers": tokens of the choices, the right one first; see `compress.planting`."""
+        choices: Sequence[Sequence[int]] = example.payload
+        return choices
 
     def comparable(
         self, data: Documents, reference: Callable[[Documents], list[Score]]

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from compress.architectures import Facts
 from compress.batching import batches, consecutive
+from compress.branching import Branches, by_windows
 from compress.encodings import EncodedTensor
 from compress.errors import CompressError, NumericalError, RecipeError
 from compress.numerics.affine import finite
+from compress.numerics.trie import Trie, trie, visible
 
 ROWS_OF_HEAD = 256  # of logits at a time: 50 MB at 49,152 tokens of vocabulary
 RECALLED_BYTES = 96 * 2**20  # of hidden states: 40,000 tokens at a width of 576
@@ -154,6 +156,12 @@ class Model:
         ids = self.module.generation_config.eos_token_id
         return frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
 
+    @property
+    def bos_id(self) -> int | None:
+        """The tokenizer's begin-of-sequence token."""
+        found: int | None = self.tokenizer.bos_token_id
+        return found
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added before or after, special-token texts are recognized."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -206,6 +214,47 @@ class Model:
             for i, state in found.items():
                 self.recalled.put(windows[i], state)
         return found
+
+    @torch.inference_mode()
+    def branch_logits(self, items: Sequence[Branches]) -> Iterator[list[Tensor]]:
+        """See `compress.branching`: each context is read once, and the head runs over the rows that are asked for.
+
+        Context and continuations are one row of tokens, of which each attends to its ancestors alone.
+        """
+        tries = [trie(context, continuations) for context, continuations in items]
+        if not self._reads_trees(max((max(t.depths) for t in tries), default=0)):
+            yield from by_windows(self, items)
+            return
+        hidden: dict[int, Tensor] = {}
+        for batch in batches([len(t.tokens) for t in tries], self.tokens_per_batch):
+            hidden |= self._hidden_trees(tries, batch)
+        head = self.module.get_output_embeddings()
+        for i, tree in enumerate(tries):
+            nodes = sorted({node for path in tree.paths for node in path})
+            with self._autocast():
+                rows = head(hidden.pop(i)[nodes]).float()
+            place = {node: row for row, node in enumerate(nodes)}
+            yield [rows[[place[node] for node in path]] for path in tree.paths]
+
+    def _reads_trees(self, deepest: int) -> bool:
+        """Whether attention takes a mask of ours, and no sliding window would have narrowed it."""
+        config = self.module.config
+        window = getattr(config, "sliding_window", None)
+        return config._attn_implementation == "sdpa" and (window is None or deepest < window)
+
+    def _hidden_trees(self, tries: Sequence[Trie], batch: Sequence[int]) -> dict[int, Tensor]:
+        """Final hidden states, (tokens, width) each, of the trees with these indices."""
+        longest = max(len(tries[i].tokens) for i in batch)
+        ids, positions = torch.zeros(2, len(batch), longest, dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, : len(tries[i].tokens)] = torch.tensor(tries[i].tokens)
+            positions[row, : len(tries[i].tokens)] = torch.tensor(tries[i].depths)
+        mask = torch.stack([visible(tries[i], longest) for i in batch])[:, None]
+        with self._autocast():
+            states = self.module.base_model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+            ).last_hidden_state
+        return {i: states[row, : len(tries[i].tokens)].clone() for row, i in enumerate(batch)}
 
     @torch.inference_mode()
     def decode_logits(self, window: Sequence[int]) -> Tensor:

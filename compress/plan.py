@@ -358,9 +358,11 @@ def _gate_seconds(entry: StepEntry, facts: Facts, datasets: Sequence[Documents])
 
     Checks on the same documents share their forward passes.
     """
-    looked_at = {id(d): d for c in entry.gate if c.statistic != "exact" for d in c.sources(datasets)}
+    sources = [(c, d) for c in entry.gate if c.statistic != "exact" for d in c.foreseen(datasets)]
+    known = [(c, d) for c, d in sources if isinstance(d, Documents)]
+    looked_at = {id(d): d for _, d in known}
     characters = sum(len(text) for d in looked_at.values() for _, text in d.documents[:GATE_DOCUMENTS])
-    written = sum(c.written * len(d.documents) for c in entry.gate if c.written for d in c.sources(datasets))
+    written = sum(c.written * len(d.documents) for c, d in known)
     reading = _forward_seconds(facts, 2 * characters / CHARACTERS_PER_TOKEN)
     return reading + 2 * written * 4 * facts.parameters / BANDWIDTH
 
@@ -380,12 +382,14 @@ def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
 def _powers(gate: Sequence[Evaluator], attempts: int, datasets: Sequence[Documents]) -> list[dict[str, Any]]:
     """Per check and source, the smallest distance from the margin that it resolves at 80 % power."""
     return [
-        _power(c, attempts, data) for c in gate for data in (c.sources(datasets) if c.statistic != "exact" else [None])
+        _power(c, attempts, data) for c in gate for data in (c.foreseen(datasets) if c.statistic != "exact" else [None])
     ]
 
 
-def _power(c: Evaluator, attempts: int, data: Documents | None) -> dict[str, Any]:
+def _power(c: Evaluator, attempts: int, data: Documents | str | None) -> dict[str, Any]:
     """`resolves` is None where no planning value is known, or where too few documents can ever decide.
+
+    data: None for files, the name alone where the documents are not known, and `documents` is None.
 
     `lossless` is the number of documents with which a model without any loss passes at 80 % power. A fixed
     set has no sampling error: it resolves every loss.
@@ -394,21 +398,24 @@ def _power(c: Evaluator, attempts: int, data: Documents | None) -> dict[str, Any
     found |= {"source": "files", "documents": 0, "needs": 0, "resolves": 0.0, "lossless": 0}
     if data is None:
         return found
+    sd = PLANNING_SD.get(c.name)
+    shown = {"needs": c.minimum_examples, "margin_shown": c.display(c.margin)}
+    lossless = None if sd is None else _lossless(c, sd, attempts)
+    if isinstance(data, str):
+        unknown = {"source": data, "documents": None, "resolves": None, "resolves_shown": None, "lossless": lossless}
+        return found | unknown | shown
     documents = min(len(data.documents), c.max_documents or len(data.documents))
     if c.statistic == "census":
-        shown = {"margin_shown": c.display(c.margin), "resolves_shown": c.display(0.0)}
-        return found | {"source": data.source, "documents": documents, "needs": c.minimum_examples, **shown}
-    sd = PLANNING_SD.get(c.name)
+        return found | shown | {"source": data.source, "documents": documents, "resolves_shown": c.display(0.0)}
     resolves = None if sd is None else minimum_detectable(c, documents, sd, attempts)
     if resolves == math.inf:
         resolves = None
     return found | {
+        **shown,
         "source": data.source,
-        "lossless": None if sd is None else _lossless(c, sd, attempts),
+        "lossless": lossless,
         "documents": documents,
-        "needs": c.minimum_examples,
         "resolves": resolves,
-        "margin_shown": c.display(c.margin),
         "resolves_shown": None if resolves is None else c.display(resolves),
     }
 
@@ -427,6 +434,11 @@ def _lossless(c: Evaluator, sd: float, attempts: int) -> int | None:
 def _power_warnings(label: str, powers: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for p in powers:
+        if p["documents"] is None:
+            found.append(
+                f"{label}: {p['metric']} on {p['source']}: the documents are not here, and plan downloads nothing"
+            )
+            continue
         where = f"{label}: {p['metric']} on {p['source']}, {p['documents']} documents"
         if p["documents"] < p["needs"]:
             found.append(f"{where}: at least {p['needs']} are needed, so it can only end inconclusive")

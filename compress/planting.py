@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from compress.branching import Branches, branch_logits
 from compress.interfaces import Documents, Example, LanguageModel, Score
 from compress.scoring import Memo, batches
 
@@ -50,6 +51,19 @@ class Planted:
         """As the inner model's, changed."""
         for window, rows in zip(windows, self.inner.logits(windows), strict=True):
             yield self.change(tuple(window), rows)
+
+    def branch_logits(self, items: Sequence[Branches]) -> Iterator[list[Tensor]]:
+        """As the inner model's, changed; see `compress.branching`."""
+        for (context, continuations), found in zip(items, branch_logits(self.inner, items), strict=True):
+            yield [self._branch(context, c, rows) for c, rows in zip(continuations, found, strict=True)]
+
+    def _branch(self, context: Sequence[int], continuation: Sequence[int], rows: Tensor) -> Tensor:
+        """The change needs a row for every token of the window: those of the context are left empty."""
+        import torch
+
+        unread = rows.new_zeros(len(context) - 1, rows.shape[1])
+        window = (*context, *continuation[:-1])
+        return self.change(window, torch.cat([unread, rows]))[len(context) - 1 :]
 
     def decode_logits(self, window: Sequence[int]) -> Tensor:
         """As the inner model's, changed."""

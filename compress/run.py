@@ -250,7 +250,7 @@ def _run_key(recipe: Recipe, model: str, splits: Sequence[str]) -> str:
             "recipe": recipe.resolved(),
             "plugins": sorted({(p.name, p.version) for p in _plugins(recipe)}),
             "model": model,
-            "data": list(splits),
+            "data": [*splits, *(check.reads() for check in recipe.checks())],
             "versions": environment.versions(),
             "host": environment.host(),
         }

@@ -237,7 +237,7 @@ class Workbench:
 
 def describe_checks(checks: Sequence[Evaluator]) -> list[Any]:
     """What decides a gate's verdict besides the models: its checks, as keys of caches hold them."""
-    return [[c.name, c.version, c.model_dump(mode="json")] for c in checks]
+    return [[c.name, c.version, c.model_dump(mode="json"), c.reads()] for c in checks]
 
 
 def _packed(part: data.Split, model: Model) -> list[Tensor]:

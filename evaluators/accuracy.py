@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.errors import GateInconclusive, RecipeError
+from compress.errors import GateInconclusive, NetworkError, RecipeError
 from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Sample, Score
 from compress.plugin import nearest
-from evaluators import _choices, _cloze, _minimal_pairs
+from evaluators import _choices, _cloze, _lm_eval, _lm_eval_tasks, _minimal_pairs
 
 _LENGTH = 512  # tokens at most of an item that is made here
 
@@ -33,18 +33,25 @@ class Task:
 
     documents: Callable[[Sequence[Documents]], Iterator[Documents]]
     chance: float
+    summary: str
 
 
 TASKS: Mapping[str, Task] = {
-    "minimal_pairs": Task(_from_templates, 0.5),
-    "cloze": Task(_from_each_source, 1 / _cloze.CHOICES),
+    "minimal_pairs": Task(_from_templates, 0.5, "a sentence, and one that a single change makes ungrammatical"),
+    "cloze": Task(_from_each_source, 1 / _cloze.CHOICES, "the word that ends a sentence of the evaluation data"),
 }
+HARNESS = f"{_lm_eval.PREFIX}NAME"  # as it is listed
 
 
-def _task(name: str) -> Task:
-    if name not in TASKS:
-        raise RecipeError(f"unknown task {name!r}; {nearest(name, [*TASKS])}")
-    return TASKS[name]
+def summaries() -> dict[str, str]:
+    """Every task with what it asks."""
+    harness = "any task of lm-evaluation-harness, or of your own YAML (task_path), decided by its own metric"
+    return {name: task.summary for name, task in TASKS.items()} | {HARNESS: harness}
+
+
+def _check_task(name: str) -> None:
+    if name not in TASKS and not (name.startswith(_lm_eval.PREFIX) and name != _lm_eval.PREFIX):
+        raise RecipeError(f"unknown task {name!r}; {nearest(name, [*TASKS, HARNESS])}")
 
 
 class Accuracy(Evaluator):
@@ -53,6 +60,7 @@ class Accuracy(Evaluator):
     Each task is decided on its own, and cloze on each source: the worst decides. Before any comparison, the
     reference answers the first `QUALIFYING` clusters of each group (a phenomenon, or the task), which then
     leave the comparison; a group counts where chance plus three margins is refuted at 95 %.
+    A task lm_eval:NAME is one of lm-evaluation-harness; its documents are the clusters.
     """
 
     name: ClassVar[str] = "accuracy"
@@ -60,8 +68,9 @@ class Accuracy(Evaluator):
     unit: ClassVar[str] = "fraction"
     definition: ClassVar[str] = (
         "fraction of items on which the right continuation has the highest total log-probability (a tie is "
-        "wrong); the loss is the paired difference in the fraction of wrong answers, averaged per cluster, "
-        "over the groups on which the reference exceeds chance by three margins; exact at every look."
+        "wrong), or on which the task's own metric, named with it, says right (lm_eval); the loss is the paired "
+        "difference in the fraction of wrong answers, averaged per cluster, over the groups on which the reference "
+        "exceeds chance by three margins; exact at every look."
     )
     statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "betting"
     margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop"})
@@ -72,6 +81,8 @@ class Accuracy(Evaluator):
     max_documents: int | None = Field(2000, ge=1)  # clusters; 1,640 prove no loss within 3 points at 10 % flips
     # Not strict: a list fills a tuple, in Python as in YAML.
     tasks: tuple[str, ...] = Field(("minimal_pairs", "cloze"), min_length=1, strict=False)
+    task_path: str | None = None  # of the user's own task YAML for lm_eval: a folder, or one file
+    metric: str | None = None  # of lm_eval's tasks: "acc_norm", or with a filter "exact_match,strict-match"
     max_drop: float = Field(gt=0, le=50, allow_inf_nan=False)  # percentage points
 
     @field_validator("tasks")
@@ -79,7 +90,7 @@ class Accuracy(Evaluator):
     def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         try:
             for task in tasks:
-                _task(task)
+                _check_task(task)
         except RecipeError as error:
             raise ValueError(str(error)) from None  # pydantic adds the field
         if len(set(tasks)) < len(tasks):
@@ -88,7 +99,10 @@ class Accuracy(Evaluator):
 
     @model_validator(mode="after")
     def _provable(self) -> Accuracy:
-        for task in self.tasks:
+        for field in ("task_path", "metric"):
+            if getattr(self, field) is not None and not self._names:
+                raise ValueError(f"{field} is for tasks of lm_eval, and tasks holds none; write {HARNESS}, or drop it")
+        for task in [task for task in self.tasks if task in TASKS]:  # the harness' own are not known yet
             needed = TASKS[task].chance + 3 * self.margin
             if needed >= 1:
                 raise ValueError(
@@ -109,7 +123,54 @@ class Accuracy(Evaluator):
 
         A document is a cluster; documents that hold no fitting item are left out.
         """
-        return [documents for task in self.tasks for documents in _task(task).documents(datasets)]
+        found: list[Documents] = []
+        for task in self.tasks:
+            found += TASKS[task].documents(datasets) if task in TASKS else [self._loaded(task).documents]
+        return found
+
+    def foreseen(self, datasets: Sequence[Documents]) -> list[Documents | str]:
+        """Data of the hub are known where they were downloaded before."""
+        found: list[Documents | str] = []
+        for task in self.tasks:
+            try:
+                found += TASKS[task].documents(datasets) if task in TASKS else [self._loaded(task, True).documents]
+            except NetworkError:
+                found.append(task)
+        return found
+
+    def reads(self) -> str:
+        """The harness, and the local files of its tasks."""
+        return " ".join(_lm_eval_tasks.fingerprint(name, self.task_path) for name in self._names)
+
+    def encoder(self, model: LanguageModel) -> Callable[[str], list[int]]:
+        """The model's own, which also knows what stands before an answer without a prompt."""
+        return _lm_eval.Encoder(model)
+
+    def untestable(self, data: Documents) -> str:
+        """Where the harness does not say which of some choices is the right answer."""
+        found = [self._loaded(task) for task in self.tasks if task not in TASKS]
+        return next((loaded.untestable for loaded in found if loaded.documents.source == data.source), "")
+
+    def choices(self, example: Example) -> Sequence[Sequence[int]]:
+        """The payload, or what it says of a question of the harness."""
+        payload = example.payload
+        return _lm_eval.choices(payload) if isinstance(payload, _lm_eval.Question) else super().choices(example)
+
+    @property
+    def _names(self) -> list[str]:
+        return [task.removeprefix(_lm_eval.PREFIX) for task in self.tasks if task not in TASKS]
+
+    def _loaded(self, task: str, offline: bool = False) -> _lm_eval.Loaded:
+        _check_task(task)  # whoever measures without a margin builds the check without validation
+        return _lm_eval.load(task.removeprefix(_lm_eval.PREFIX), self.task_path, self.metric, offline)
+
+    def _parts(self) -> dict[str, _lm_eval.Part]:
+        loaded = [self._loaded(task) for task in self.tasks if task not in TASKS]
+        return {name: part for found in loaded for name, part in found.parts.items()}
+
+    def _chance(self, source: str, group: str) -> float:
+        harness = source.startswith(_lm_eval.PREFIX)
+        return self._parts()[group].chance if harness else TASKS[source.split(":")[0]].chance
 
     def comparable(
         self, data: Documents, reference: Callable[[Documents], list[Score]]
@@ -125,13 +186,14 @@ class Accuracy(Evaluator):
         right: dict[str, list[bool]] = {group: [] for group in groups}
         for score in reference(replace(data, documents=[(name, _choices.first(text)) for name, text in asked])):
             right[_choices.group_of(score.id)].append(score.total == 0)
-        bar = TASKS[data.source.split(":")[0]].chance + 3 * self.margin
-        counting = {g for g, answers in right.items() if _refutes(sum(answers), len(answers), bar)}
+        bars = {group: self._chance(data.source, group) + 3 * self.margin for group in groups}
+        counting = {g for g, answers in right.items() if _refutes(sum(answers), len(answers), bars[g])}
         rates = {group: sum(answers) / len(answers) for group, answers in sorted(right.items())}
         if not counting:
             shown = ", ".join(f"{group} {rate:.0%} of {len(right[group])}" for group, rate in rates.items())
+            bar = " to ".join(sorted({f"{b:.0%}" for b in (min(bars.values()), max(bars.values()))})) if bars else "0%"
             raise GateInconclusive(
-                f"the reference is not proven to exceed {bar:.0%} (chance and three margins) on anything: "
+                f"the reference is not proven to exceed {bar} (chance and three margins) on anything: "
                 f"{shown or 'there are no items'}"
             )
         used = {name for name, _ in asked}
@@ -142,7 +204,13 @@ class Accuracy(Evaluator):
         return replace(data, documents=kept), figures
 
     def examples(self, data: Documents, encode: Callable[[str], list[int]]) -> list[Example]:
-        """One example per item; its payload is the tokens of its choices, the right one first."""
+        """One example per item; its payload is the tokens of its choices, the right one first, or a `Question`."""
+        if data.source.startswith(_lm_eval.PREFIX):
+            return [
+                Example(f"{name}/{i}", name, question)
+                for name, text in data.documents
+                for i, question in enumerate(_lm_eval.questions(text, encode))
+            ]
         return [
             Example(f"{name}/{i}", name, tokens)
             for name, text in data.documents
@@ -157,6 +225,8 @@ class Accuracy(Evaluator):
         `lead` is how far the right choice leads, in nats; `chosen` is the index of the likeliest choice, on a
         tie with the right one a wrong one.
         """
+        if batch and isinstance(batch[0].payload, _lm_eval.Question):
+            return _lm_eval.score(model, self._parts(), [(e.id, e.payload) for e in batch])
         scores = []
         for example, (right, *others) in zip(
             batch, _choices.log_probabilities(model, [e.payload for e in batch]), strict=True
@@ -199,11 +269,16 @@ class Accuracy(Evaluator):
         found: dict[str, list[Sample]] = {"right to wrong": [], "wrong to right": []}
         for example, after, before in zip(examples, new, old, strict=True):
             note = {(0.0, 1.0): "right to wrong", (1.0, 0.0): "wrong to right"}.get((before.total, after.total))
-            if note is None or len(found[note]) == self.SHOWN:
+            if note is None or len(found[note]) == self.SHOWN or "chosen" not in after.extra:
                 continue
-            start = _choices.start_of(example.payload)
-            reference, model = (decode(example.payload[int(s.extra["chosen"])][start:]) for s in (before, after))
-            found[note].append(Sample(example.id, decode(example.payload[0][:start]), reference, model, note))
+            chosen = [int(s.extra["chosen"]) for s in (before, after)]
+            if isinstance(example.payload, _lm_eval.Question):
+                prompt, answers = _lm_eval.shown(example.payload, chosen)
+            else:
+                start = _choices.start_of(example.payload)
+                prompt, answers = example.payload[0][:start], [example.payload[i][start:] for i in chosen]
+            reference, written = map(decode, answers)
+            found[note].append(Sample(example.id, decode(prompt), reference, written, note))
         return [sample for samples in found.values() for sample in samples]
 
 
@@ -215,5 +290,7 @@ def _refutes(right: int, asked: int, chance: float) -> bool:
     >>> _refutes(24, 32, 0.59), _refutes(23, 32, 0.59), _refutes(0, 0, 0.59)
     (True, False, False)
     """
+    if chance >= 1:
+        return False
     tail = sum(math.comb(asked, i) * chance**i * (1 - chance) ** (asked - i) for i in range(right, asked + 1))
     return tail <= 0.05

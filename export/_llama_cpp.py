@@ -105,6 +105,12 @@ class LlamaCpp:
             raise CompressError(f"{self.path}: llama.cpp could not tokenize {len(data)} bytes (code {count})")
         return list(ids[:count])
 
+    @property
+    def bos_id(self) -> int | None:
+        """The begin-of-sequence token that the file names."""
+        found = self._metadata(_SPECIAL["bos"])
+        return int(found) if found else None
+
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of a user's message in the file's own chat template; of the plain text where it has none."""
         template = self._metadata("tokenizer.chat_template")

@@ -80,6 +80,13 @@ class OnnxModel:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    @property
+    def bos_id(self) -> int | None:
+        """The begin-of-sequence token that the folder's tokenizer_config.json names."""
+        text = _chat(self._folder)[1].get("bos_token")
+        found: int | None = None if text is None else self._tokenizer.token_to_id(text)
+        return found
+
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of a user's message in the folder's own chat template; of the plain text where it has none."""
         template, special_tokens = _chat(self._folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ("compress.errors", "compress.machine", "compress.publishing", "compress.batching"),
+    ("compress.errors", "compress.machine", "compress.publishing", "compress.batching", "compress.branching"),
     ("compress.lock", "compress.environment"),
     ("compress.numerics",),
     ("compress.encodings", "compress.architectures"),

@@ -88,7 +88,8 @@ def test_margins_that_no_baseline_can_exceed_chance_by_three_times_are_refused(t
     ("tasks", "reason"),
     [
         (["minimal_pair"], "unknown task 'minimal_pair'; did you mean minimal_pairs?"),
-        (["hellaswag"], "known: cloze, minimal_pairs"),
+        (["hellaswag"], "known: cloze, lm_eval:NAME, minimal_pairs"),
+        (["lm_eval:"], "unknown task 'lm_eval:'"),
         ([], "at least 1 item"),
         (["cloze", "cloze"], "a task is listed twice"),
     ],
