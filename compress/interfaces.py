@@ -289,6 +289,8 @@ class Exporter(Plugin, ABC):
 
     runtime: ClassVar[str]
     extra: ClassVar[str]  # the optional dependency group that provides the runtime
+    # For the model card: runtime → the line that loads the artifact; "{file}" stands for its largest file.
+    usage: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
