@@ -193,6 +193,52 @@ def verify(
 
 
 @app.command()
+def bench(
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ARTIFACT...",
+            help="Exported folders, .gguf files, or models that torch opens; ratios are to the first.",
+            autocompletion=completion.artifacts,
+        ),
+    ],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens read in one pass.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded one by one.")] = 32,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds, in each of which every artifact has its turn.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default all.")] = None,
+    chart: Annotated[Path, typer.Option(help="The page that is written where artifacts know their quality.")] = Path(
+        "bench.html"
+    ),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time artifacts in their own runtimes, interleaved, with intervals; decides nothing and exits 0."""
+    with errors(debug), reporter(quiet) as told:
+        from compress import bench as benches
+        from compress.bench import chart as charts
+        from compress.bench import table
+        from compress.store import write_atomic
+
+        found = benches.bench(
+            artifacts,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            threads=threads,
+            reporter=told,
+        )
+        page = charts.render(found)
+        if page is not None:
+            write_atomic(chart, page)
+    if as_json:
+        print_json({**found.model_dump(mode="json"), "chart": None if page is None else str(chart)})
+    else:
+        print("\n".join(table.lines(found)))
+        print("no chart: no artifact has a gate's figures on record" if page is None else f"chart: {chart}")
+
+
+@app.command()
 def schema(
     run: Annotated[bool, typer.Option("--run", help="Of run.json instead of recipes.")] = False,
     debug: Debug = False,

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -78,6 +78,21 @@ class LanguageModel(Protocol):
 
     def close(self) -> None:
         """Release the runtime's memory."""
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A language model that can be timed token by token; `compress bench` asks for it.
+
+    An object that also has `load_seconds` says how long the runtime itself took to load the weights, without what
+    opening checks besides.
+    """
+
+    def stream(self, window: Sequence[int], prefill: int) -> Iterator[Tensor]:
+        """Logits, (vocabulary,) each, after the first `prefill` tokens were read at once, and after each further one.
+
+        What a generation computes, on given tokens: one pass over a prompt, then single tokens through the cache.
+        """
 
 
 class Plugin(BaseModel):

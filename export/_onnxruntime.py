@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,9 @@ class OnnxModel:
         self._tokenizer = _tokenizer(folder / TOKENIZER)
         self._folder = folder
         graph = _onnx_file.load(folder)
+        started = time.perf_counter()
         self._session = _session(folder / _onnx_file.GRAPH)
+        self.load_seconds = time.perf_counter() - started
         self.vocabulary_size = self._shapes.vocabulary
         self.context_length = self._shapes.context_length
         self.eos_ids = self._shapes.eos_ids
@@ -128,6 +131,17 @@ class OnnxModel:
         cache = _Cache(self._session, self._shapes, len(window))
         ids = self._ids(window)
         return torch.cat([torch.from_numpy(cache.step(ids[t : t + 1])) for t in range(len(window))])
+
+    def stream(self, window: Sequence[int], prefill: int) -> Iterator[Tensor]:
+        """Logits after the first `prefill` tokens at once, and after each further one, (vocabulary,) each."""
+        import torch
+
+        ids, cache = self._ids(window), _Cache(self._session, self._shapes, len(window))
+        for start in range(0, prefill, TOKENS_PER_CHUNK):
+            rows = cache.step(ids[start : min(start + TOKENS_PER_CHUNK, prefill)])
+        yield torch.from_numpy(rows[-1])
+        for t in range(prefill, len(ids)):
+            yield torch.from_numpy(cache.step(ids[t : t + 1])[-1])
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation, up to and including the first end-of-sequence token."""
@@ -218,7 +232,7 @@ def _session(path: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = os.cpu_count() or 1
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.log_severity_level = 3  # errors reach us as exceptions
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
