@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -230,9 +229,10 @@ def _cache_names(layers: int) -> Iterator[tuple[str, str]]:
 
 def _session(path: Path) -> Any:
     import onnxruntime
+    import torch
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = torch.get_num_threads()  # as many as the models that it is compared with
     options.log_severity_level = 3  # errors reach us as exceptions
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

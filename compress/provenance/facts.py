@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ def of_run(
     """
     assert record.baseline is not None and record.release is not None
     known, baseline = artifact.manifest(final), record.baseline
+    timed = {c.name for entry in recipe.export for c in entry.gate if c.timed}
     base = {"source": baseline.model, "files": source.digest(origin), "digest": baseline.digest}
     return {
         **_artifact(exporter, known["name"], made.size_bytes, made.bits_per_weight, known["parameters"]),
@@ -43,7 +44,7 @@ def of_run(
         "recipe": {"name": record.recipe, "run_key": record.key, "resolved": recipe.resolved()},
         "steps": [_step(step) for step in record.steps],
         "data": [{**part, "dropped": len(part["dropped"])} for part in record.data],
-        "gates": {"release": _gate(record.release), "artifact": _gate(made.gate)},
+        "gates": {"release": _gate(record.release), "artifact": _gate(made.gate, timed)},
         "plugins": _versions(_plugins(recipe)),
         "host": record.host,
     }
@@ -100,16 +101,18 @@ def _step(step: StepRecord) -> dict[str, Any]:
     }
 
 
-def _gate(gate: GateResult) -> dict[str, Any]:
-    return {"verdict": gate.verdict, "checks": [_check(check) for check in gate.checks]}
+def _gate(gate: GateResult, timed: Collection[str] = ()) -> dict[str, Any]:
+    return {"verdict": gate.verdict, "checks": [_check(check, check.metric in timed) for check in gate.checks]}
 
 
-def _check(check: CheckResult) -> dict[str, Any]:
-    """A check without samples and details, its figures rounded.
+def _check(check: CheckResult, timed: bool) -> dict[str, Any]:
+    """A check without samples and details, its figures rounded; of one that asks the clock, the verdict alone.
 
     A resumed run scores some documents in other batches, which moves the last digits of float32 sums: they stay out.
     """
     kept = check.model_dump(mode="json", exclude={"samples", "details"})
+    if timed:
+        return {**kept, **dict.fromkeys((*_FIGURES, "examples", "tokens"))}
     return {**kept, **{name: _rounded(kept[name]) for name in _FIGURES}}
 
 
