@@ -177,19 +177,44 @@ def ls(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="An artifact, a run, or a folder that a run exported.")],
+    path: Annotated[Path, typer.Argument(help="An artifact, an exported folder, or a run.")],
+    key: Annotated[
+        Path | None, typer.Option("--key", help="A public key (PEM), for the signature of an artifact.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Re-check every digest; exit 8 names the first file that differs."""
+    """Re-check every digest, and a signature with --key; exit 8 names the first file that differs."""
     with errors(debug):
         from compress import verify as verification
 
         lines = verification.verify(path)
+        if key is not None:
+            from compress import signing
+
+            lines.append(signing.check(path, key))
     if as_json:
         print_json({"verified": str(path), "lines": lines})
     else:
         print("\n".join(lines))
+
+
+@app.command()
+def sign(
+    path: Annotated[Path, typer.Argument(help="An artifact, or an exported folder.")],
+    key: Annotated[Path, typer.Option("--key", help="A private key (PEM, elliptic curve).")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Sign an artifact's files with a key of your own (OpenSSF Model Signing)."""
+    with errors(debug):
+        from compress import signing
+
+        signature = signing.sign(path, key)
+    if as_json:
+        print_json({"signed": str(path), "signature": str(signature)})
+    else:
+        print(f"{signature}: checked by `compress verify {path} --key PUBLIC_KEY`")
 
 
 @app.command()

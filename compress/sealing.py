@@ -14,6 +14,7 @@ from typing import Any
 from compress.errors import Corrupt
 
 FILE = "compression.json"
+SIGNATURE = "model.sig"  # beside it, where somebody signed the folder
 SEAL = "sha256"  # the key of the manifest's own digest, which covers all other keys
 
 

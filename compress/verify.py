@@ -96,4 +96,6 @@ def _model(base: dict[str, str]) -> str:
 def _unlisted(folder: Path, listed: Iterable[str]) -> list[str]:
     """A line for each file that has no digest: nothing is known of it."""
     here = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    return [f"{folder / name}: in no record, not checked" for name in sorted(here - set(listed))]
+    signed = f"{folder / sealing.SIGNATURE}: a signature, which `compress verify {folder} --key KEY` checks"
+    lines = [f"{folder / name}: in no record, not checked" for name in sorted(here - {*listed, sealing.SIGNATURE})]
+    return [*lines, signed] if sealing.SIGNATURE in here else lines

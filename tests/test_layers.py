@@ -27,7 +27,7 @@ LAYERS = [
     ("compress.verify",),
     ("compress.workbench",),
     ("compress.exporting",),
-    ("compress.run", "compress.ungated", "compress.diff", "compress.doctor", "compress.bench"),
+    ("compress.run", "compress.ungated", "compress.diff", "compress.doctor", "compress.bench", "compress.signing"),
     ("compress.console", "compress.completion"),
     ("compress.cli",),
 ]  # fmt: skip
