@@ -238,12 +238,12 @@ def estimate(logs: Any) -> Estimate:
 
 
 def short_names(specs: Sequence[str]) -> dict[str, str]:
-    """The shortest ends of paths that tell them apart.
+    """The shortest ends of paths that tell them apart, without the folder that every run has.
 
-    >>> short_names(["runs/a/artifacts/gguf", "runs/b/artifacts/gguf", "pkg:llm"])
-    {'runs/a/artifacts/gguf': 'a/artifacts/gguf', 'runs/b/artifacts/gguf': 'b/artifacts/gguf', 'pkg:llm': 'pkg:llm'}
+    >>> list(short_names(["runs/a/artifacts/gguf", "runs/b/artifacts/gguf", "pkg:llm"]).values())
+    ['a/gguf', 'b/gguf', 'pkg:llm']
     """
-    parts = {spec: spec.rstrip("/").split("/") for spec in specs}
+    parts = {spec: [p for p in spec.rstrip("/").split("/") if p != "artifacts"] or [spec] for spec in specs}
     found = {}
     for spec, own in parts.items():
         others = [p for other, p in parts.items() if other != spec]

@@ -40,7 +40,7 @@ def render(found: Benchmark) -> str | None:
         element("h1", f"Quality against speed and size of {figures.count(len(found.artifacts), 'artifacts')}"),
         element("p", _lead(found, shown[0][1], left_out), class_="note"),
         element("div", _panels(shown), class_="panels"),
-        element("div", _table(found), class_="scroll"),
+        element("div", _table(found, chosen[0]), class_="scroll"),
         element("dl", [element("div", element("dt", m.title), element("dd", m.definition)) for m in METRICS.values()]),
     )
     style = files("compress.bench").joinpath("chart.css").read_text(encoding="utf-8")
@@ -126,20 +126,23 @@ def _mark(x: Callable[[float], float], y: Callable[[float], float], p: Point) ->
 
 
 def _labels(places: Sequence[tuple[float, float, str]], right: float) -> list[Markup]:
-    """Names beside their points, moved apart where they would overlap, with a line to the point where they moved."""
+    """Names beside their points, moved up or down where they would cover another, and then tied to their point."""
     found: list[Markup] = []
-    taken: list[tuple[float, float, float]] = []  # left edge, right edge, baseline
+    taken = [(at - 6, at + 6, level + 4) for at, level, _ in places]  # left edge, right edge, baseline
     for at, level, name in sorted(places, key=lambda place: place[1]):
         width = 7.2 * len(name)
         before = at + 10 + width > right and at - 10 - width > LEFT
         start = at - 10 - width if before else at + 10
-        line = level - 8
-        while any(start < r and l < start + width and abs(line - b) < LINE for l, r, b in taken):  # noqa: E741
-            line += 3
+
+        def free(line: float, start: float = start, width: float = width) -> bool:
+            return not any(start < r and a < start + width and abs(line - b) < LINE for a, r, b in taken)
+
+        lines = [level - 7 + LINE * step * sign for step in range(len(places) + 2) for sign in (-1, 1)]
+        line = next((y for y in lines if TOP + 10 < y < HEIGHT - BOTTOM and free(y)), lines[0])
         taken.append((start, start + width, line))
-        if line - (level - 8) > LINE:
-            found.append(element("line", x1=at, y1=level, x2=at - 8 if before else at + 8, y2=line - 4, class_="lead"))
         anchor, edge = ("end", at - 10) if before else ("start", at + 10)
+        if abs(line - level + 7) > LINE:
+            found.append(element("line", x1=at, y1=level, x2=edge, y2=line - 4, class_="lead"))
         found.append(element("text", name, x=edge, y=line, text_anchor=anchor, class_="name"))
     return found
 
@@ -154,12 +157,12 @@ class Scale:
 
     @classmethod
     def over(cls, values: Sequence[float]) -> Scale:
-        """From zero (or the least value) to beyond the largest, with some five round ticks."""
+        """From zero (or below the least value) to beyond the largest, with some five round ticks."""
         low, high = min(0.0, *values), max(0.0, *values)
         span = (high - low) or 1.0
         magnitude = 10.0 ** math.floor(math.log10(span / 5))
         step = magnitude * next(m for m in (1, 2, 5, 10) if m >= span / 5 / magnitude - 1e-9)
-        return cls(step * math.floor(low / step + 1e-9), high + 0.06 * span, step)
+        return cls(low - 0.06 * span if low < 0 else 0.0, high + 0.06 * span, step)
 
     def share(self, value: float) -> float:
         """The place of a value, from 0 to 1."""
@@ -168,14 +171,14 @@ class Scale:
     @property
     def ticks(self) -> list[float]:
         """Round values on the axis."""
-        first, last = round(self.low / self.step), math.floor(self.high / self.step)
+        first, last = math.ceil(self.low / self.step), math.floor(self.high / self.step)
         return [self.step * i for i in range(first, last + 1)]
 
 
-def _table(found: Benchmark) -> Markup:
-    header, rows = table.cells(found)
+def _table(found: Benchmark, metric: str) -> Markup:
+    header, rows = table.cells(found, metric)
     lines = [
-        element("tr", [element("th", cell[0], element("small", cell[1]) if cell[1] else None) for cell in row])
+        element("tr", [element("th", cell, [element("small", text) for text in more]) for cell, *more in row])
         for row in rows
     ]
     top = element("tr", [element("th", text) for text in header])
