@@ -2,7 +2,7 @@
 
 model.safetensors   <module>.codes .scales .zero_points .mask; other tensors under their own names
 config.json, generation_config.json, tokenizer files
-compression.json    encodings and shapes, sizes, sha256 of every other file
+compression.json    encodings and shapes, sizes, sha256 of every other file and of itself (see `compress.sealing`)
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress import sealing
 from compress.encodings import EncodedTensor, Encoding
-from compress.errors import Corrupt
+from compress.errors import Corrupt, UnsafeInput
 from compress.publishing import publish, staging
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
     from compress.model import Model
 
-MANIFEST = "compression.json"
-SCHEMA = "compress.artifact/1"
+MANIFEST = sealing.FILE
+SCHEMA = "compress.artifact/2"
 
 
 def save(model: Model, folder: Path, keep: bool = False) -> str:
@@ -48,7 +49,7 @@ def _fill(model: Model, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str))
     model.module.generation_config.save_pretrained(folder)
     _save_tokenizer(model, folder)
-    manifest = {
+    facts = {
         "schema": SCHEMA,
         "name": model.name,
         "model_digest": model.digest,
@@ -58,15 +59,12 @@ def _fill(model: Model, folder: Path) -> None:
         "size_bytes": (folder / "model.safetensors").stat().st_size,
         "files": {p.name: file_sha256(p) for p in sorted(folder.iterdir())},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    sealing.write(folder, facts)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     """The artifact's manifest; raises Corrupt where it is missing or not ours."""
-    try:
-        loaded: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise Corrupt(f"{folder}: no readable {MANIFEST} ({error})") from None
+    loaded = sealing.read(folder)
     if loaded.get("schema") != SCHEMA:
         raise Corrupt(f"{folder}: schema {loaded.get('schema')!r}, expected {SCHEMA!r}")
     return loaded
@@ -80,9 +78,18 @@ def digest(folder: Path) -> str:
 def verify(folder: Path) -> None:
     """Re-check every file against the manifest; raises Corrupt naming the first that differs."""
     for name, expected in manifest(folder)["files"].items():
-        file = folder / name
-        if not file.is_file() or file_sha256(file) != expected:
-            raise Corrupt(f"{file}: bytes do not match the manifest (expected sha256 {expected[:12]}…)")
+        check_file(folder, name, expected)
+
+
+def check_file(folder: Path, name: str, expected: str) -> None:
+    """Compare a file with its digest on record; raises Corrupt, or UnsafeInput for a name that leaves the folder."""
+    file = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UnsafeInput(f"{folder}: its record names {name!r}, which lies outside the folder; do not trust it")
+    if not file.is_file():
+        raise Corrupt(f"{file}: missing (expected sha256 {expected[:12]}…)")
+    if (found := file_sha256(file)) != expected:
+        raise Corrupt(f"{file}: sha256 {found[:12]}…, expected {expected[:12]}…")
 
 
 def load(folder: Path, dtype: str = "float32") -> Model:

@@ -179,19 +179,90 @@ def ls(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="An artifact, a run, or a folder that a run exported.")],
+    path: Annotated[Path, typer.Argument(help="An artifact, an exported folder, or a run.")],
+    key: Annotated[
+        Path | None, typer.Option("--key", help="A public key (PEM), for the signature of an artifact.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Re-check every digest; exit 8 names the first file that differs."""
+    """Re-check every digest, and a signature with --key; exit 8 names the first file that differs."""
     with errors(debug):
         from compress import verify as verification
 
         lines = verification.verify(path)
+        if key is not None:
+            from compress import signing
+
+            lines.append(signing.check(path, key))
     if as_json:
         print_json({"verified": str(path), "lines": lines})
     else:
         print("\n".join(lines))
+
+
+@app.command()
+def sign(
+    path: Annotated[Path, typer.Argument(help="An artifact, or an exported folder.")],
+    key: Annotated[Path, typer.Option("--key", help="A private key (PEM, elliptic curve).")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Sign an artifact's files with a key of your own (OpenSSF Model Signing)."""
+    with errors(debug):
+        from compress import signing
+
+        signature = signing.sign(path, key)
+    if as_json:
+        print_json({"signed": str(path), "signature": str(signature)})
+    else:
+        print(f"{signature}: checked by `compress verify {path} --key PUBLIC_KEY`")
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ARTIFACT...",
+            help="Exported folders, .gguf files, or models that torch opens; ratios are to the first.",
+            autocompletion=completion.artifacts,
+        ),
+    ],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens read in one pass.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded one by one.")] = 32,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds, in each of which every artifact has its turn.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default all.")] = None,
+    chart: Annotated[Path, typer.Option(help="The page that is written where artifacts know their quality.")] = Path(
+        "bench.html"
+    ),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time artifacts in their own runtimes, interleaved, with intervals; decides nothing and exits 0."""
+    with errors(debug), reporter(quiet) as told:
+        from compress import bench as benches
+        from compress.bench import chart as charts
+        from compress.bench import table
+        from compress.store import write_atomic
+
+        found = benches.bench(
+            artifacts,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            threads=threads,
+            reporter=told,
+        )
+        page = charts.render(found)
+        if page is not None:
+            write_atomic(chart, page)
+    if as_json:
+        print_json({**found.model_dump(mode="json"), "chart": None if page is None else str(chart)})
+    else:
+        print("\n".join(table.lines(found)))
+        print("no chart: no artifact has a gate's figures on record" if page is None else f"chart: {chart}")
 
 
 @app.command()

@@ -16,6 +16,11 @@ def recipes(incomplete: str) -> Choices:
     return shipped + _files(incomplete, (".yaml", ".yml"))
 
 
+def artifacts(incomplete: str) -> Choices:
+    """GGUF files, and folders."""
+    return _files(incomplete, (".gguf",), "a GGUF file")
+
+
 def formats(incomplete: str) -> Choices:
     """Names of exporters, third parties' too."""
     return [(name, "") for name in _names("exporter") if name.startswith(incomplete)]
@@ -33,7 +38,7 @@ def _names(kind: str) -> tuple[str, ...]:
     return plugin.names(kind)
 
 
-def _files(incomplete: str, suffixes: tuple[str, ...]) -> Choices:
+def _files(incomplete: str, suffixes: tuple[str, ...], kind: str = "a recipe file") -> Choices:
     folder, _, start = incomplete.rpartition("/")
     place = Path(f"{folder}/" if folder or incomplete.startswith("/") else ".")
     try:
@@ -42,5 +47,5 @@ def _files(incomplete: str, suffixes: tuple[str, ...]) -> Choices:
         return []
     prefix = incomplete[: len(incomplete) - len(start)]
     shown = [path for path in found if start.startswith(".") or not path.name.startswith(".")]
-    files = [(prefix + path.name, "a recipe file") for path in shown if path.suffix in suffixes and path.is_file()]
+    files = [(prefix + path.name, kind) for path in shown if path.suffix in suffixes and path.is_file()]
     return files + [(f"{prefix}{path.name}/", "a folder") for path in shown if path.is_dir()]

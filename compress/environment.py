@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 from compress import machine
 
@@ -29,6 +33,20 @@ def versions() -> dict[str, str]:
 def step_versions() -> dict[str, str]:
     """Versions that decide what a step computes."""
     return {name: _version(name) for name in ("torch", "transformers", "numpy")}
+
+
+@cache
+def code_sha256() -> str:
+    """Digest of the source files of this package's three import packages, by name and content."""
+    sha = hashlib.sha256()
+    for package in ("compress", "evaluators", "export"):
+        spec = find_spec(package)
+        assert spec is not None and spec.submodule_search_locations
+        for folder in map(Path, spec.submodule_search_locations):
+            for path in sorted(folder.rglob("*.py")):
+                name = f"{package}/{path.relative_to(folder).as_posix()}"
+                sha.update(f"{name}:{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return sha.hexdigest()
 
 
 def _version(name: str) -> str:

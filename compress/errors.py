@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 
 
@@ -73,7 +74,26 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + signum
 
 
-_FULL = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# As libraries say it that keep no errno: the system's own words, Rust's (safetensors, tokenizers), numpy's tofile.
+_FULL_WORDS = re.compile(
+    rf"os error ({'|'.join(map(str, _FULL))})\b|No space left on device|File too large|\d+ requested and \d+ written"
+)
+
+
+def disk_full(text: str) -> bool:
+    """Whether a library's message says that a file could not grow.
+
+    >>> disk_full("I/O error: No space left on device (os error 28)"), disk_full("4096 requested and 0 written")
+    (True, True)
+    """
+    return _FULL_WORDS.search(text) is not None
+
+
+def _disk_full(error: BaseException) -> bool:
+    if isinstance(error, CompressError | KeyboardInterrupt):
+        return False
+    return (isinstance(error, OSError) and error.errno in _FULL) or disk_full(str(error))
 
 
 def exit_code(error: BaseException) -> int:
@@ -82,8 +102,8 @@ def exit_code(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _FULL)
-    return ResourceExhausted.exit_code if full else CompressError.exit_code
+    memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return ResourceExhausted.exit_code if memory or _disk_full(error) else CompressError.exit_code
 
 
 def one_line(error: BaseException) -> str:
@@ -94,4 +114,6 @@ def one_line(error: BaseException) -> str:
         text = str(Interrupted(signal.SIGINT))
     else:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if _disk_full(error):
+            text = f"the disk is full, or a limit on files is reached ({text}); nothing half-written is left; make room"
     return " ".join(text.split())

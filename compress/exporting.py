@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact
+from compress import artifact, provenance
 from compress.decisions import combine
 from compress.encodings import EncodedTensor, same_stored
 from compress.errors import Corrupt
 from compress.gate import Gate, GateResult, Sizes
 from compress.interfaces import Exporter, LanguageModel
 from compress.parity import decode_check
+from compress.provenance import facts
 from compress.recipe import ExportEntry
-from compress.record import ExportRecord, FileRecord
+from compress.record import ExportRecord, FileRecord, RunRecord
 from compress.workbench import Workbench, describe_checks
 
 if TYPE_CHECKING:
@@ -62,11 +63,16 @@ def write_exactly(model: Model, exporter: Exporter, out: Path) -> list[FileRecor
     exporter.write(model, out)
     if not weights_exact(model, exporter, out):
         raise Corrupt(f"{exporter.name}: the file does not hold the gated weights; nothing is published")
-    return [
-        FileRecord(name=str(p.relative_to(out)), bytes=p.stat().st_size, sha256=artifact.file_sha256(p))
-        for p in sorted(out.rglob("*"))
-        if p.is_file()
-    ]
+    names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    return [provenance.record_of(out, name) for name in names]
+
+
+def describe(
+    bench: Workbench, entry: ExportEntry, made: ExportRecord, record: RunRecord, final: Path, out: Path
+) -> None:
+    """Write what was proven beside a gated artifact in `out`, and add those files to its record."""
+    known = facts.of_run(bench.recipe, record, made, entry.exporter, final, bench.source)
+    made.files = provenance.attach(out, known, made.files)
 
 
 def weights_exact(model: Model, exporter: Exporter, path: Path) -> bool:
@@ -103,7 +109,7 @@ def _gate(
         checks = [*prefill.checks, *decode_check(opened, datasets, progress)]
         return GateResult(verdict=combine([c.verdict for c in checks]), checks=checks).model_dump(mode="json")
 
-    facts = {
+    given = {
         "gate": describe_checks(entry.gate),
         "files": [[f.name, f.sha256] for f in files],
         "runtime": [opened.runtime, opened.compute],
@@ -111,7 +117,7 @@ def _gate(
         "distrusted": bench.distrusted(entry.gate),
         **bench.conditions(*datasets),
     }
-    return GateResult.model_validate(bench.recorded(facts, compute))
+    return GateResult.model_validate(bench.recorded(given, compute))
 
 
 def folder_names(entries: Sequence[ExportEntry]) -> list[str]:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -82,6 +82,21 @@ class LanguageModel(Protocol):
 
     def close(self) -> None:
         """Release the runtime's memory."""
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A language model that can be timed token by token; `compress bench` asks for it.
+
+    An object that also has `load_seconds` says how long the runtime itself took to load the weights, without what
+    opening checks besides.
+    """
+
+    def stream(self, window: Sequence[int], prefill: int) -> Iterator[Tensor]:
+        """Logits, (vocabulary,) each, after the first `prefill` tokens were read at once, and after each further one.
+
+        What a generation computes, on given tokens: one pass over a prompt, then single tokens through the cache.
+        """
 
 
 class Plugin(BaseModel):
@@ -196,6 +211,7 @@ class Evaluator(Plugin, ABC):
     definition: ClassVar[str]  # one sentence, printed in reports
     statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "mean"
     minimum_examples: ClassVar[int] = 50  # clusters, where examples share one
+    timed: ClassVar[bool] = False  # depends on the clock: it judges exports alone, and no artifact carries its figures
     relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)
     margin_fields: ClassVar[frozenset[str]] = frozenset()  # fields that move the margin but no score
     # What the loss is, so that one can be planted without asking `score`: the mean increase of −ln p(token),
@@ -310,6 +326,8 @@ class Exporter(Plugin, ABC):
 
     runtime: ClassVar[str]
     extra: ClassVar[str]  # the optional dependency group that provides the runtime
+    # For the model card: runtime → the line that loads the artifact; "{file}" stands for its largest file.
+    usage: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:

@@ -268,6 +268,17 @@ class Model:
         return torch.stack(rows)
 
     @torch.inference_mode()
+    def stream(self, window: Sequence[int], prefill: int) -> Iterator[Tensor]:
+        """Logits after the first `prefill` tokens at once, and after each further one, (vocabulary,) each."""
+        cache = None
+        for part in (window[:prefill], *([token] for token in window[prefill:])):
+            with self._autocast():
+                ids = torch.tensor([list(part)])
+                out = self.module(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            yield out.logits[0, -1].float()
+
+    @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation, up to and including the first end-of-sequence token."""
         tokens, cache, ids = [], None, torch.tensor([list(prompt)])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress import artifact, record, source
+from compress import artifact, record, sealing, source
 from compress.errors import RecipeError
 from compress.store import Store
 
@@ -35,11 +35,16 @@ def locate(spec: str, store: Store | None = None) -> Origin:
     path = Path(spec).expanduser()
     if (path / record.FILE).is_file() or (path.is_file() and path.name == record.FILE):
         return _of_run(spec, path, store or Store())
-    if (path / artifact.MANIFEST).is_file():
+    if (path / artifact.MANIFEST).is_file() and not _ships(path):
         return Origin(spec, path, spec, "an artifact")
     if path.is_dir() and not (path / "config.json").is_file() and [*path.glob("*.gguf"), *path.glob("*.onnx")]:
         raise RecipeError(f"{spec} is an export; give the model that it was made from: a run, an artifact or a source")
     return Origin(spec, None, spec, "a source model")
+
+
+def _ships(folder: Path) -> bool:
+    """Whether the manifest is that of an export, which lies beside whatever the exporter wrote."""
+    return str(sealing.read(folder).get("schema")).startswith("compress.export/")
 
 
 def load(spec: str | Path, dtype: str = "float32", store: Store | None = None) -> Model:

@@ -83,7 +83,7 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
                 _check_step(recipe, before, path, step)
             _check_order(recipe, shapes[i], i, path, step)
         _check_margins(recipe, i, entry)
-    _check_windows(recipe, facts)
+    _check_measurements(recipe, facts)
     _check_rounded_once(recipe, shapes)
     _check_exports(recipe, shapes)
     return [*_loosened(recipe), *_ungated(recipe)]
@@ -245,7 +245,7 @@ def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
             raise _refusal(recipe, ("steps", i, entry.step.name), message)
 
 
-def _check_windows(recipe: Recipe, facts: Facts) -> None:
+def _check_measurements(recipe: Recipe, facts: Facts) -> None:
     for request in requests(recipe):
         if request.length > facts.context_length:
             problem = f"length={request.length} exceeds the model's context of {facts.context_length} tokens"
@@ -253,6 +253,9 @@ def _check_windows(recipe: Recipe, facts: Facts) -> None:
             raise RecipeError(f"{place}  data.{request.role}: {problem}")
     for path, gate in _gates(recipe):
         for c in gate:
+            if c.timed and path[0] != "export":
+                problem = "times artifacts in their runtimes, and this gate sees a model in torch"
+                raise _refusal(recipe, path, f"{c.name}: {problem}; move it to the gate of an export")
             if c.window > facts.context_length:
                 problem = f"windows of {c.window} tokens exceed the model's context of {facts.context_length} tokens"
                 raise _refusal(recipe, path, f"{c.name}: {problem}")

@@ -87,7 +87,10 @@ class FileRecord(_Record):
 
 
 class ExportRecord(_Record):
-    """An exported artifact; `path` is relative to the run's folder, and empty while nothing is published."""
+    """An exported artifact; `path` is relative to the run's folder, and empty while nothing is published.
+
+    size_bytes: of the files that the runtime reads. files: once published, also those that describe them.
+    """
 
     format: str
     params: dict[str, Any]

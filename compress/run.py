@@ -208,6 +208,8 @@ class _Work:
                 self._say_gate(f"{made.format} in {made.runtime}", made.gate)
                 self.record.exports.append(made)
             if entries and all(e.gate.verdict == "PASS" for e in self.record.exports):
+                for name, entry, made in zip(names, entries, self.record.exports):
+                    exporting.describe(self.bench, entry, made, self.record, final, staging / name)
                 publishing.publish(staging, target)
                 for name, made in zip(names, self.record.exports):
                     made.path = f"artifacts/{name}"

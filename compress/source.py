@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LOADER_VERSION = 1  # raised when the same file would give other weights or another tokenization
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "README.md"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 # GGUF names a pre-tokenizer; transformers' conversion ignores it and splits no digits.

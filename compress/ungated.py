@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from compress import artifact, opening, plugin, publishing
+from compress import artifact, lineage, opening, plugin, provenance, publishing
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import RecipeError
 from compress.exporting import write_exactly
 from compress.interfaces import Exporter
+from compress.lineage import Lineage
+from compress.provenance import facts
 from compress.record import FileRecord
 from compress.validation import validated
 from compress.yaml_nodes import Document, apply_set
@@ -74,9 +76,11 @@ def write(
         say(f"writing {exporter.name}, and reading it back")
         with publishing.staging(folder) as staging:
             files = write_exactly(opened, exporter, staging / folder.name)
+            size, bits = sum(f.bytes for f in files), artifact.bits_per_weight(opened)
+            known = facts.of_model(opened, exporter, size, bits, origin.spec, _lineage(opened, origin))
+            files = provenance.attach(staging / folder.name, known, files)
             _require_new(folder)  # by now another process may have made it
             publishing.publish(staging / folder.name, folder)
-        bits = artifact.bits_per_weight(opened)
     finally:
         if opened is not model:
             opened.close()
@@ -87,7 +91,7 @@ def write(
         origin=origin.description,
         path=str(folder),
         files=files,
-        size_bytes=sum(f.bytes for f in files),
+        size_bytes=size,
         bits_per_weight=bits,
         hint=_hint(folder, origin.baseline, exporter.name),
     )
@@ -107,6 +111,12 @@ def _opened(model: str | Path | Model, say: Callable[[str], None]) -> tuple[Mode
     origin = opening.locate(str(model))
     say(f"opening {origin.spec}: {origin.description}")
     return opening.load_from(origin), origin
+
+
+def _lineage(model: Model, origin: opening.Origin) -> Lineage:
+    """That of the source, or of a run's baseline; an artifact and an open model have a name alone."""
+    named = origin.artifact is None or origin.baseline != origin.spec
+    return lineage.of_spec(origin.baseline) if named and origin.baseline != "MODEL" else Lineage(model.name)
 
 
 def _require_new(folder: Path) -> None:

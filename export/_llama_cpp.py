@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -83,7 +84,9 @@ class LlamaCpp:
         parameters.vocab_only = vocabulary_only
         parameters.check_tensors = True
         _messages.clear()
+        started = time.perf_counter()
         model = self._library.llama_model_load_from_file(str(self.path).encode(), parameters)
+        self.load_seconds = time.perf_counter() - started
         if not model:
             raise Corrupt(f"{self.path}: llama.cpp cannot load it ({_reason()})")
         self._handles["model"] = model
@@ -155,6 +158,19 @@ class LlamaCpp:
         """Logits of one window, fed token by token through the key-value cache."""
         return self._window(window, 1)
 
+    def stream(self, window: Sequence[int], prefill: int) -> Iterator[Tensor]:
+        """Logits after the first `prefill` tokens at once, and after each further one, (vocabulary,) each."""
+        self._start(len(window))
+        rows, position = None, 0
+        for chunk in _chunks(window[:prefill], BATCH):
+            rows = self._decode(chunk, position, last_only=True)
+            position += len(chunk)
+        if rows is None:
+            raise RecipeError("an empty prompt cannot be continued; give at least one token")
+        yield rows[-1]
+        for i in range(prefill, len(window)):
+            yield self._decode(window[i : i + 1], i)[-1]
+
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation, up to and including the first end-of-sequence token."""
         self._start(len(prompt) + max_new_tokens)
@@ -210,8 +226,11 @@ class LlamaCpp:
             raise CompressError(f"{self.path}: llama.cpp cannot make a context of {size} tokens ({_reason()})")
         self._handles["context"], self._context_size = context, parameters.n_ctx
 
-    def _decode(self, tokens: Sequence[int], position: int) -> Tensor:
-        """Logits (len(tokens), vocabulary) after `position` cached tokens: a view, soon overwritten."""
+    def _decode(self, tokens: Sequence[int], position: int, last_only: bool = False) -> Tensor:
+        """Logits (len(tokens), vocabulary) after `position` cached tokens: a view, soon overwritten.
+
+        last_only: those of the last token alone, (1, vocabulary), as llama.cpp computes them for a prompt.
+        """
         import numpy as np
         import torch
 
@@ -219,7 +238,8 @@ class LlamaCpp:
         try:
             batch.n_tokens = len(tokens)
             for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i], batch.logits[i] = int(token), position + i, 1
+                batch.token[i], batch.pos[i] = int(token), position + i
+                batch.logits[i] = int(not last_only or i == len(tokens) - 1)
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
             _messages.clear()
             code = self._library.llama_decode(self._handles["context"], batch)
@@ -228,7 +248,8 @@ class LlamaCpp:
         if code:
             raise CompressError(f"{self.path}: llama.cpp failed to compute {len(tokens)} tokens ({code}: {_reason()})")
         pointer = self._library.llama_get_logits(self._handles["context"])
-        return torch.from_numpy(np.ctypeslib.as_array(pointer, shape=(len(tokens), self.vocabulary_size)))
+        rows = 1 if last_only else len(tokens)
+        return torch.from_numpy(np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary_size)))
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,9 @@ class OnnxModel:
         self._tokenizer = _tokenizer(folder / TOKENIZER)
         self._folder = folder
         graph = _onnx_file.load(folder)
+        started = time.perf_counter()
         self._session = _session(folder / _onnx_file.GRAPH)
+        self.load_seconds = time.perf_counter() - started
         self.vocabulary_size = self._shapes.vocabulary
         self.context_length = self._shapes.context_length
         self.eos_ids = self._shapes.eos_ids
@@ -135,6 +137,17 @@ class OnnxModel:
         cache = _Cache(self._session, self._shapes, len(window))
         ids = self._ids(window)
         return torch.cat([torch.from_numpy(cache.step(ids[t : t + 1])) for t in range(len(window))])
+
+    def stream(self, window: Sequence[int], prefill: int) -> Iterator[Tensor]:
+        """Logits after the first `prefill` tokens at once, and after each further one, (vocabulary,) each."""
+        import torch
+
+        ids, cache = self._ids(window), _Cache(self._session, self._shapes, len(window))
+        for start in range(0, prefill, TOKENS_PER_CHUNK):
+            rows = cache.step(ids[start : min(start + TOKENS_PER_CHUNK, prefill)])
+        yield torch.from_numpy(rows[-1])
+        for t in range(prefill, len(ids)):
+            yield torch.from_numpy(cache.step(ids[t : t + 1])[-1])
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation, up to and including the first end-of-sequence token."""
@@ -223,9 +236,10 @@ def _cache_names(layers: int) -> Iterator[tuple[str, str]]:
 
 def _session(path: Path) -> Any:
     import onnxruntime
+    import torch
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = os.cpu_count() or 1
+    options.intra_op_num_threads = torch.get_num_threads()  # as many as the models that it is compared with
     options.log_severity_level = 3  # errors reach us as exceptions
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

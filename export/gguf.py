@@ -59,6 +59,10 @@ class Gguf(Exporter):
     name = "gguf"
     runtime = "llama.cpp"
     extra = "gguf"
+    usage = {
+        "llama.cpp": "llama-cli -m {file} -cnv",
+        "llama-cpp-python": 'llama_cpp.Llama("{file}")',
+    }
 
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
         """Why no GGUF block holds these codes and scales exactly, or None."""

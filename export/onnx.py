@@ -14,12 +14,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.encodings import EncodedTensor, Encoding
-from compress.errors import CompressError, RecipeError
+from compress.errors import CompressError, RecipeError, ResourceExhausted, disk_full
 from compress.interfaces import Exporter, LanguageModel
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ class Onnx(Exporter):
     name: ClassVar[str] = "onnx"
     runtime: ClassVar[str] = "onnxruntime"
     extra: ClassVar[str] = "onnx"
+    usage: ClassVar[Mapping[str, str]] = {
+        "onnxruntime-genai": 'onnxruntime_genai.Model("FOLDER")',
+        "onnxruntime": 'onnxruntime.InferenceSession("FOLDER/model.onnx")',
+    }
 
     activations: Literal["float32", "int8"] = "float32"
 
@@ -175,7 +179,8 @@ def _build(skeleton: Path, built: Path) -> None:
     log.debug("onnxruntime-genai builder: %s%s", done.stdout, done.stderr)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise CompressError(f"onnxruntime-genai's builder failed with code {done.returncode}: {''.join(last)}")
+        kind = ResourceExhausted if disk_full(done.stderr) else CompressError
+        raise kind(f"onnxruntime-genai's builder failed with code {done.returncode}: {''.join(last)}")
 
 
 def _write_config(model: Model, built: Path, out: Path) -> None:

@@ -49,20 +49,23 @@ def flip(path: Path) -> None:
 
 def test_what_a_run_left_verifies(made):
     folder, store = made
-    for path in (folder, folder / "run.json", folder / "artifacts", folder / "artifacts" / "gguf"):
-        (line,) = verify.verify(path)
-        assert line.startswith(str(path.parent if path.name == "run.json" else path)) and "1 files match" in line
+    gguf = folder / "artifacts" / "gguf"
+    for path in (folder, folder / "run.json", folder / "artifacts", gguf, gguf / "model.gguf"):
+        line, *origins = verify.verify(path)
+        assert line == f"{gguf}: 4 files match"
+        assert len(origins) == (4 if path in (folder, folder / "run.json") else 0)
+        assert all(origin.endswith("as the run saw it") for origin in origins), origins
     for artifact in (store.root / "artifacts").iterdir():
         (line,) = verify.verify(artifact)
         assert line.endswith("files match")
     done = command("verify", folder)
-    assert done.returncode == 0 and "1 files match" in done.stdout
+    assert done.returncode == 0 and "4 files match" in done.stdout
 
 
 def test_one_changed_bit_is_exit_8_and_named(copy):
     file = copy / "artifacts" / "gguf" / "model.gguf"
     flip(file)
-    for path in (copy, file.parent):
+    for path in (copy, file.parent, file):
         done = command("verify", path)
         assert done.returncode == 8 and str(file) in done.stderr and not done.stdout
         assert len(done.stderr.strip().splitlines()) == 1
@@ -81,10 +84,12 @@ def test_a_changed_artifact_is_named(made, tmp_path):
 
 def test_what_has_no_digest_is_said_and_never_passes(copy, tmp_path):
     (copy / "artifacts" / "gguf" / "notes.txt").write_text("mine")
-    _, note = verify.verify(copy)
-    assert "notes.txt: in no record, not checked" in note
+    for path in (copy, copy / "artifacts" / "gguf"):
+        assert "notes.txt: in no record, not checked" in verify.verify(path)[1]
     moved = Path(shutil.copytree(copy / "artifacts" / "gguf", tmp_path / "elsewhere" / "a" / "b"))
-    for path in (moved, tmp_path / "absent"):
+    assert verify.verify(moved)[0] == f"{moved}: 4 files match"
+    (moved / "compression.json").unlink()
+    for path in (moved, moved / "model.gguf", tmp_path / "absent"):
         with pytest.raises(RecipeError):
             verify.verify(path)
     found = json.loads((copy / "run.json").read_text())

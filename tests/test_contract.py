@@ -26,6 +26,7 @@ FIELDS = {
     "perplexity": {"max_increase": "5%"},
     "divergence": {"max_mean": 0.1},
     "footprint": {"max_mb": 80},
+    "latency": {"max_ratio": 0.6},
     "generation": {"max_collapsed": "10%"},
     "long_context": {"max_increase": "15%"},
 }

@@ -7,12 +7,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ("compress.errors", "compress.machine", "compress.publishing", "compress.batching", "compress.branching"),
+    ("compress.errors", "compress.machine", "compress.publishing", "compress.batching", "compress.branching", "compress.sealing"),
     ("compress.lock", "compress.environment"),
     ("compress.numerics",),
     ("compress.encodings", "compress.architectures"),
     ("compress.model", "compress.source", "compress.permutation"),
-    ("compress.data", "compress.artifact", "compress.blocks"),
+    ("compress.data", "compress.artifact", "compress.blocks", "compress.lineage"),
     ("compress.interfaces",),
     ("compress.plugin",),
     ("compress.steps", "evaluators", "export"),
@@ -22,11 +22,12 @@ LAYERS = [
     ("compress.yaml_nodes", "compress.validation", "compress.recipe_schema", "compress.recipe", "compress.store"),
     ("compress.plan", "compress.record", "compress.opening", "compress.measure", "compress.parity"),
     ("compress.inspection",),
-    ("compress.verify",),
     ("compress.report",),
+    ("compress.provenance",),
+    ("compress.verify",),
     ("compress.workbench",),
     ("compress.exporting",),
-    ("compress.run", "compress.ungated", "compress.diff", "compress.doctor"),
+    ("compress.run", "compress.ungated", "compress.diff", "compress.doctor", "compress.bench", "compress.signing"),
     ("compress.console", "compress.completion"),
     ("compress.cli",),
 ]  # fmt: skip

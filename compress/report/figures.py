@@ -86,8 +86,8 @@ def _nats(percent: float) -> float:
 
 
 def measure(metric: str, unit: str) -> Measure:
-    """How to show a metric's losses: perplexity's log ratio in percent, shares in percentage points (pp)."""
-    if metric.partition(":")[0] in {"perplexity", "long_context"}:
+    """How to show a metric's losses: log ratios of perplexities and times in percent, shares in percentage points."""
+    if metric.partition(":")[0] in {"perplexity", "long_context", "latency"}:
         return Measure(_percent_change, _nats, " %", 2)
     if unit.startswith("of the allowed"):
         return Measure(lambda x: 100 * x, lambda x: x / 100, " %", 1)

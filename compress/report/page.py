@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.report import chain, evidence, layers, opening, prose, samples, tables
 from compress.report.markup import Markup, element
-from compress.report.view import Report, read
+from compress.report.view import read
 
 
 def render_html(run: dict[str, Any]) -> str:
@@ -29,11 +29,13 @@ def render_html(run: dict[str, Any]) -> str:
         tables.reading(report),
         tables.environment(report),
     )
-    page = element("html", _meta(report, style), element("body", body), lang="en")
+    title = f"{prose.headline(report)} \u2013 compress"
+    page = element("html", head(title, style), element("body", body), lang="en")
     return f"<!DOCTYPE html>\n{page}\n"
 
 
-def _meta(report: Report, style: str) -> Markup:
+def head(title: str, style: str) -> Markup:
+    """The head of a page without scripts: its style, and a policy that allows nothing else."""
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     return element(
@@ -43,6 +45,6 @@ def _meta(report: Report, style: str) -> Markup:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("meta", name="referrer", content="no-referrer"),
-        element("title", f"{prose.headline(report)} \u2013 compress"),
+        element("title", title),
         element("style", Markup(style)),
     )

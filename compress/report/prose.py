@@ -29,6 +29,7 @@ _NAMES = {
     "accuracy": "accuracy",
     "generation": "collapsed generations",
     "long_context": "perplexity in long contexts",
+    "latency": "time per token",
 }
 
 

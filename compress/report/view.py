@@ -65,8 +65,8 @@ class Check:
     @property
     def noun(self) -> str:
         """What the examples are."""
-        if self.metric == "long_context":
-            return "windows"
+        if self.metric in {"long_context", "latency"}:
+            return "windows" if self.metric == "long_context" else "rounds"
         return "documents" if self.metric in {"perplexity", "divergence"} else "examples"
 
     def bounds(self, unit: bool = True) -> str:
