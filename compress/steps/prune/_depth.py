@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compress.blocks import enter
 from compress.errors import NumericalError
-from compress.numerics.divergence import divergence
+from compress.steps.prune._stream import Stream
 
 if TYPE_CHECKING:
     from compress.interfaces import Progress
@@ -64,60 +63,20 @@ def by_divergence(
     blocks = list(model.module.get_submodule(model.facts.architecture.blocks))
     left = list(range(len(blocks)))
     gone: list[tuple[int, float]] = []
-    reference = [_Tail(model, window).states(blocks)[-1] for window in windows]
+    reference = [Stream(model, window).states(blocks)[-1] for window in windows]
     for _ in range(count):
         totals = [0.0] * len(left)
         for done, (window, final) in enumerate(zip(windows, reference, strict=True)):
             progress(f"removal {len(gone) + 1}/{count}", done / len(windows))
-            tail = _Tail(model, window)
-            for k, total in enumerate(tail.losses([blocks[i] for i in left], tail.logits(final))):
-                totals[k] += total
+            stream, there = Stream(model, window), [blocks[i] for i in left]
+            wanted, entering = stream.logits(final), stream.states(there)
+            for k in range(len(left)):
+                totals[k] += stream.divergence(wanted, stream.through(there[k + 1 :], entering[k]))
         means = [total / sum(map(len, windows)) for total in totals]
         _require_finite(model, means, left)
         _, k = min((mean, -k) for k, mean in enumerate(means))
         gone.append((left.pop(-k), means[-k]))
     return gone
-
-
-class _Tail:
-    """One window's way through blocks of a model, which may be left out one at a time."""
-
-    def __init__(self, model: Model, window: Tensor):
-        architecture = model.facts.architecture
-        first = model.module.get_submodule(architecture.blocks)[0]
-        (self._entering,), self._arguments = enter(model, first, [window[None]])
-        self._norm = model.module.get_submodule(architecture.final_norm)
-        self._head = model.module.get_output_embeddings()
-
-    def states(self, blocks: Sequence[nn.Module]) -> list[Tensor]:
-        """The hidden states that enter each of the blocks, and those that leave the last."""
-        found = [self._entering]
-        for block in blocks:
-            found.append(self._run(block, found[-1]))
-        return found
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits (length, vocabulary) float32 of the states that leave the last block."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits: Tensor = self._head(self._norm(states))[0].float()
-        return logits
-
-    def losses(self, blocks: Sequence[nn.Module], reference: Tensor) -> list[float]:
-        """Sum over tokens of the KL from the reference logits without each of the blocks, the others in place."""
-        entering = self.states(blocks)
-        found = []
-        for k in range(len(blocks)):
-            states = entering[k]
-            for block in blocks[k + 1 :]:
-                states = self._run(block, states)
-            found.append(float(divergence(reference, self.logits(states)).kl.sum()))
-        return found
-
-    def _run(self, block: nn.Module, states: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = block(states, **self._arguments)
-        left: Tensor = (out[0] if isinstance(out, tuple) else out).float()
-        return left
 
 
 def _require_finite(model: Model, values: Sequence[float], positions: Sequence[int] | None = None) -> None:

@@ -58,9 +58,7 @@ class Removal(Step):
         return taylor_scores(model, context.calibration, linear, size, context.progress)
 
 
-def refit(
-    step: str, tensor: str, W: Tensor, sums: tuple[Tensor, Tensor | None], kept: Tensor, ridge: float
-) -> Tensor:
+def refit(step: str, tensor: str, W: Tensor, sums: tuple[Tensor, Tensor | None], kept: Tensor, ridge: float) -> Tensor:
     """Weights (n, k) of the kept channels by least squares. sums: those of `moments`.
 
     Raises NumericalError naming the tensor.
