@@ -20,6 +20,7 @@ from tests.tiny import tiny_model
 WINDOW = [3, 77, 201, 12, 50, 9]
 HALF = ("prune.neurons", {"fraction": 0.5})
 FEWER = ("prune.heads", {"groups": 1, "queries": 1})
+THINNER = ("prune.hidden", {"fraction": 0.5, "round_to": 16})
 SHORTER = ("prune.layers", {"count": 1})
 
 
@@ -56,7 +57,15 @@ def check_shapes(model: Model) -> None:
 # --- what both do -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "fields"), [("prune.neurons", {"fraction": 0.0}), ("prune.heads", {}), ("prune.layers", {"count": 0})])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("prune.neurons", {"fraction": 0.0}),
+        ("prune.heads", {}),
+        ("prune.layers", {"count": 0}),
+        ("prune.hidden", {"fraction": 0.0}),
+    ],
+)
 def test_nothing_to_remove_changes_no_bit(name, fields):
     model = tiny_model()
     config = model.module.config.to_dict()
@@ -64,7 +73,7 @@ def test_nothing_to_remove_changes_no_bit(name, fields):
     assert model.digest == tiny_model().digest and model.module.config.to_dict() == config
 
 
-@pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER])
+@pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER, THINNER])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_smaller_model_is_an_ordinary_one(name, fields, family, tmp_path):
     model = test_onnx.tiny(family, tied=True)
@@ -85,7 +94,7 @@ def test_the_smaller_model_is_an_ordinary_one(name, fields, family, tmp_path):
     assert len(config.get("layer_types") or range(model.facts.layers)) == config["num_hidden_layers"]
 
 
-@pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER])
+@pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER, THINNER])
 @pytest.mark.parametrize("format", ["gguf", "onnx"])
 def test_exports_hold_the_smaller_model(name, fields, format, tmp_path):
     model = test_gguf.tiny("llama") if format == "gguf" else test_onnx.tiny("llama", tied=True)
@@ -103,7 +112,7 @@ def test_exports_hold_the_smaller_model(name, fields, format, tmp_path):
     assert test_gguf.kl(logits(model), found) < 1e-4  # llama.cpp's cache holds float16
 
 
-@pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER])
+@pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER, THINNER])
 @pytest.mark.parametrize(
     ("earlier", "given", "message"),
     [
@@ -120,7 +129,7 @@ def test_masks_and_codes_fix_the_shapes(name, fields, earlier, given, message):
     assert model.digest == digest
 
 
-@pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER])
+@pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER, THINNER])
 def test_calibration_is_needed(name, fields):
     with pytest.raises(RecipeError, match=f"{name} needs calibration data"):
         step(name)(**fields).apply(tiny_model(), Context(seed=0))
