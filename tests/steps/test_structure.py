@@ -112,6 +112,19 @@ def test_exports_hold_the_smaller_model(name, fields, format, tmp_path):
     assert test_gguf.kl(logits(model), found) < 1e-4  # llama.cpp's cache holds float16
 
 
+@pytest.mark.parametrize(("name", "fields"), [FEWER, THINNER])
+def test_what_llama_cpp_cannot_load_is_refused_beforehand(name, fields, tmp_path):
+    model = test_gguf.tiny("qwen2")
+    after = step(name)(**fields).facts_after(model.facts)
+    with pytest.raises(RecipeError, match="query heads together as wide as its hidden state, and here .* to onnx"):
+        exporter("gguf")().check(after)
+    reshaped(name, fields, model)
+    with pytest.raises(RecipeError, match="as wide as its hidden state"):
+        exporter("gguf")().write(model, tmp_path)
+    exporter("onnx")().check(model.facts)
+    exporter("gguf")().check(reshaped(name, fields, test_gguf.tiny("qwen3")).facts)
+
+
 @pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER, THINNER])
 @pytest.mark.parametrize(
     ("earlier", "given", "message"),
@@ -140,6 +153,15 @@ def test_calibration_is_needed(name, fields):
     [
         ("prune.neurons", {"fraction": 0.4}, "fraction=0.4 of 64 channels removes none.* round_to=32"),
         ("prune.layers", {"count": 2}, "count=2 leaves none of 2 blocks; use at most 1"),
+        ("prune.hidden", {"fraction": 0.4}, "fraction=0.4 of 32 channels removes none.* round_to=32"),
+        ("prune.heads", {"groups": 2}, "groups=2 leaves none of 2 key/value heads; use at most 1"),
+        ("prune.heads", {"queries": 4}, "queries=4 leaves none of 4 query heads; use at most 2, or remove whole"),
+        (
+            "prune.heads",
+            {"queries": 1},
+            "leaves 3, which 2 key/value heads cannot share evenly; remove a multiple of 2",
+        ),
+        ("prune.heads", {"groups": 1, "queries": 2}, "queries=2 leaves none of 2 query heads"),
     ],
 )
 def test_what_removes_nothing_or_all_is_refused(name, fields, message):
@@ -157,6 +179,12 @@ def test_what_removes_nothing_or_all_is_refused(name, fields, message):
         ("prune.neurons", {"fraction": 0.5, "round_to": 0}),
         ("prune.neurons", {"fraction": 0.5, "ridge": 0.0}),
         ("prune.layers", {"count": -1}),
+        ("prune.layers", {"count": 1, "update": "output"}),
+        ("prune.layers", {"count": 1, "criterion": "taylor"}),
+        ("prune.heads", {"groups": -1}),
+        ("prune.heads", {"queries": 2.0}),
+        ("prune.heads", {"queries": 2, "criterion": "influence"}),
+        ("prune.hidden", {"fraction": 1.0}),
         ("prune.layers", {"count": 1.5}),
     ],
 )
