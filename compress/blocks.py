@@ -109,6 +109,43 @@ class Block:
         raise AssertionError(f"{name} is not part of the block's computation")
 
     @torch.inference_mode()
+    def around(self, name: str, last: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """A linear that ends a submodule: per batch its inputs, and the residual stream before and after it.
+
+        Yields (tokens, in_features), (tokens, width), (tokens, width), float32. last: the block will not be
+        changed before `advance`, which then answers from what was computed here.
+        """
+        parent, _, _ = name.removeprefix(f"{self._prefix}.").rpartition(".")
+        assert name.removeprefix(f"{self._prefix}.") in self._architecture.closing
+        early = parent == self._architecture.attention  # the stream before it is known: nothing more need run
+        left = []
+        for batch in range(len(self._states)):
+            X, product, out = self._caught_around(name, batch, early)
+            before = self._states[batch] if out is None else out - product
+            yield X, before.flatten(0, -2), (before + product if out is None else out).flatten(0, -2)
+            left += [] if out is None else [out]
+        self._left = left if last and not early else None
+
+    def _caught_around(self, name: str, batch: int, early: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs (tokens, in_features) and product of a linear on one batch; unless early, what leaves the block."""
+        caught: list[Tensor] = []
+
+        def capture(_: nn.Module, inputs: tuple[Tensor, ...], product: Tensor) -> None:
+            caught.extend((inputs[0].flatten(0, -2).float(), product.float()))
+            if early:
+                raise _Captured
+
+        hook = self.linears[name].register_forward_hook(capture)
+        out = None
+        try:
+            out = self._run(batch)
+        except _Captured:
+            pass
+        finally:
+            hook.remove()
+        return caught[0], caught[1], out
+
+    @torch.inference_mode()
     def advance(self) -> list[Tensor]:
         """The hidden states that leave the block, with its weights as they are now."""
         if self._left is not None:
@@ -147,7 +184,7 @@ def walk(
     blocks = model.module.get_submodule(model.facts.architecture.blocks)
     assert isinstance(blocks, nn.ModuleList)
     stacked = torch.stack(list(windows))
-    states, arguments = _enter(model, blocks[0], list(torch.split(stacked, windows_per_batch)))
+    states, arguments = enter(model, blocks[0], list(torch.split(stacked, windows_per_batch)))
     untouched = states
     for index, module in enumerate(blocks):
         progress(f"block {index + 1}/{len(blocks)}", index / len(blocks))
@@ -174,7 +211,7 @@ class _Captured(Exception):  # noqa: N818 - a signal, not an error
 
 
 @torch.inference_mode()
-def _enter(model: Model, first: nn.Module, batches: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
+def enter(model: Model, first: nn.Module, batches: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
     """Hidden states that enter the first block, and the keyword arguments (positions, rotary tables) of all."""
     caught: list[tuple[Tensor, dict[str, Any]]] = []
 

@@ -30,17 +30,19 @@ class Dialect:
     """How GGUF holds an architecture.
 
     name: its general.architecture. interleaved: llama.cpp rotates neighbouring channels of a head, where
-    transformers rotates channel j with j + head_size / 2, so that rows of Q and K change places.
+    transformers rotates channel j with j + head_size / 2, so that rows of Q and K change places. square: llama.cpp
+    takes all query heads together to be as wide as the hidden state, and refuses the file otherwise.
     """
 
     name: str
     interleaved: bool
+    square: bool = False
 
 
 DIALECTS = {
     "llama": Dialect("llama", interleaved=True),
     "mistral": Dialect("llama", interleaved=True),
-    "qwen2": Dialect("qwen2", interleaved=False),
+    "qwen2": Dialect("qwen2", interleaved=False, square=True),
     "qwen3": Dialect("qwen3", interleaved=False),
 }
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # the way back
@@ -83,6 +85,13 @@ class Gguf(Exporter):
         kind = facts.architecture.model_type
         if kind not in DIALECTS:
             raise RecipeError(f"gguf cannot write architecture {kind!r}; known: {', '.join(DIALECTS)}")
+        queries, hidden = facts.sizes["q"], facts.sizes["residual"]
+        if DIALECTS[kind].square and queries != hidden:
+            raise RecipeError(
+                f"gguf: llama.cpp needs {kind}'s query heads together as wide as its hidden state, and here "
+                f"{facts.heads} heads of {facts.head_size} make {queries}, not {hidden}; export to onnx, or prune "
+                "neurons or layers instead of heads or hidden channels"
+            )
         if importlib.util.find_spec("llama_cpp") is None:
             raise RecipeError("gguf needs llama-cpp-python; pip install 'compress-toolkit[gguf]'")
 

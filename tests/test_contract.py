@@ -12,6 +12,8 @@ from tests.tiny import tiny_model
 # The smallest valid fields of plug-ins whose fields are not all optional, at the size of the tiny model.
 FIELDS = {
     "distill.logits": {"tokens": 128, "selection_tokens": 64, "batch": 1, "checks": 1},
+    "prune.heads": {"groups": 1},
+    "prune.hidden": {"fraction": 0.5, "round_to": 16},
     "prune.layers": {"count": 1},
     "prune.magnitude": {"sparsity": 0.3},
     "prune.neurons": {"fraction": 0.5},

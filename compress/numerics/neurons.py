@@ -16,24 +16,50 @@ def channel_scores(W: Tensor, H: Tensor) -> Tensor:
     return W.square().sum(dim=0).sqrt() * H.diagonal().clamp(min=0).sqrt()
 
 
+def wanda_channel_scores(W: Tensor, H: Tensor) -> Tensor:
+    """Σ_i |W_ij| · ‖X_j‖₂, (m,): the sum of a channel's scores in Sun et al. 2023, arXiv:2306.11695, eq. 1."""
+    return W.abs().sum(dim=0) * H.diagonal().clamp(min=0).sqrt()
+
+
 def highest(scores: Tensor, count: int) -> Tensor:
     """Positions of the `count` highest of the scores (m,), ascending; among equal ones the lower stay."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def compensated(W: Tensor, H: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """Weights V (n, k) of the kept channels that come nearest to W·X: a ridge regression towards W itself.
+def highest_groups(scores: Tensor, groups: int, per_group: int) -> tuple[Tensor, Tensor]:
+    """Of scores (groups, heads per group): positions of the `groups` groups with the highest sum of squares, and of
+    the `per_group` highest heads of each, counted over all groups; both ascending, and among equals the lower stay.
+    """  # noqa: D205
+    rows = highest(scores.square().sum(dim=1), groups)
+    columns = [highest(scores[row], per_group) + int(row) * scores.shape[1] for row in rows]
+    return rows, torch.cat(columns)
 
-    V = argmin ‖W X − V X_K‖² + λ‖V − W_K‖² = W_K + W_P H_PK (H_KK + λI)⁻¹, with λ = ridge · mean(diag H) and P
-    the removed channels. Raises NumericalError where H_KK + λI is not positive definite.
+
+def with_neighbours(positions: Tensor, size: int) -> Tensor:
+    """Channels of the heads at `positions`, `size` each.
+
+    >>> with_neighbours(torch.tensor([0, 2]), 3).tolist()
+    [0, 1, 2, 6, 7, 8]
+    """
+    return (positions.unsqueeze(1) * size + torch.arange(size)).flatten()
+
+
+def compensated(W: Tensor, H: Tensor, kept: Tensor, ridge: float, missing: Tensor | None = None) -> Tensor:
+    """Weights V (n, k) of the kept channels that come nearest to W·X + D: a ridge regression towards W itself.
+
+    missing: (n, m) D Xᵀ, with D what the outputs lack besides; nothing by default.
+    V = argmin ‖W X + D − V X_K‖² + λ‖V − W_K‖² = W_K + (W_P H_PK + D X_Kᵀ) (H_KK + λI)⁻¹, with P the removed channels
+    and λ = ridge · mean(diag H). Raises NumericalError where H_KK + λI is not positive definite.
     """
     removed = torch.ones(W.shape[1], dtype=torch.bool)
     removed[kept] = False
     H = H.double()
+    lacking = W[:, removed].double() @ H[removed][:, kept]
+    if missing is not None:
+        lacking += missing[:, kept].double()
     damped = H[kept][:, kept]
     damped.diagonal().add_(ridge * float(H.diagonal().mean()))
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise NumericalError(f"H + λI is not positive definite (ridge={ridge}); raise ridge")
-    moved = torch.cholesky_solve(H[kept][:, removed] @ W[:, removed].T.double(), L).T
-    return W[:, kept] + moved.to(W.dtype)
+    return W[:, kept] + torch.cholesky_solve(lacking.T, L).T.to(W.dtype)

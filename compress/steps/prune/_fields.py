@@ -78,6 +78,46 @@ class WeightPruning(Step):
         return found
 
 
+class CalibratedPruning(WeightPruning):
+    """WeightPruning of steps that see calibration data, and may share the sparsity out among the blocks.
+
+    allocation: `uniform`; `owl`, less where more weights are outliers (Yin et al. 2023, arXiv:2310.05175, with their
+    M = `outlier`); or `sensitivity`, less where pruning a block alone costs more KL. Sparsities of blocks differ by at
+    most 2 · `spread`, with the mean as written; `layers` stands above all of them.
+    """
+
+    uses_calibration: ClassVar[bool] = True
+
+    allocation: Literal["uniform", "owl", "sensitivity"] = "uniform"
+    spread: float = Field(0.08, gt=0, lt=0.5, allow_inf_nan=False)
+    outlier: float = Field(5.0, gt=1, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _allocation_fits(self) -> Self:
+        if self.allocation != "uniform" and self.sparsity is None:
+            raise ValueError(f"allocation={self.allocation} with pattern={self.pattern}, which is the same everywhere")
+        return self
+
+    def allocated(self, model: Model, context: Context) -> dict[str, Target]:
+        """`begin`, with each block's share of the sparsity."""
+        from compress.numerics.allocation import spread_sparsity
+        from compress.steps.prune._allocation import outlier_shares, sensitivities
+
+        targets = self.begin(model, context)
+        if self.allocation == "uniform" or not self.sparsity:
+            return targets
+        if self.allocation == "owl":
+            worth = outlier_shares(model, context.calibration, self.outlier, context.progress)
+        else:
+            worth = sensitivities(model, context.calibration, self.sparsity, context.progress)
+        shares = spread_sparsity(worth, self.sparsity, self.spread)
+        listed = ", ".join(f"{share:.3f}" for share in shares)
+        context.notes.append(f"{self.name}: sparsity per block by {self.allocation}: {listed}")
+        blocks = model.facts.architecture.blocks
+        own = self.own_targets(model.facts)
+        return {t: own.get(t, shares[int(t.removeprefix(f"{blocks}.").split(".")[0])]) for t in targets}
+
+
 def _target(written: float | Pattern) -> Target:
     """The number itself, or a pattern's two numbers.
 

@@ -9,6 +9,7 @@ from compress.errors import NumericalError, RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.blocks import Block
     from compress.model import Model
 
 
@@ -44,3 +45,18 @@ def sparsity_note(model: Model, tensors: list[str], step: str) -> str:
     total = sum(model.parameter(name).numel() for name in tensors)
     zeros = sum(int((~model.masks[name]).sum()) for name in tensors if name in model.masks)
     return f"{step}: {zeros} of {total} weights in {len(tensors)} matrices are pruned ({zeros / total:.2%})"
+
+
+def channel_norms(block: Block) -> dict[str, Tensor]:
+    """‖X_j‖₂ of each linear's input channels over the calibration, (in_features,) float64, by module name."""
+    import torch
+
+    squares: dict[str, Tensor] = {}
+
+    def add(names: tuple[str, ...], X: Tensor) -> None:
+        total = X.square().sum(dim=0, dtype=torch.float64)
+        for name in names:
+            squares[name] = squares[name] + total if name in squares else total
+
+    block.observe(add)
+    return {name: total.sqrt() for name, total in squares.items()}

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 from compress.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
+    from compress.architectures import Architecture
     from compress.interfaces import Context
     from compress.model import Model
 
@@ -30,3 +33,27 @@ def select_channels(linear: nn.Linear, kept: Tensor, dim: int) -> None:
     linear.out_features, linear.in_features = linear.weight.shape
     if dim == 0 and linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.detach().index_select(0, kept), linear.bias.requires_grad)
+
+
+def twin_of(model: Model) -> Model:
+    """A copy of the weights as they are now, which later changes do not reach."""
+    import copy
+
+    from compress.model import Model as Copy
+
+    return Copy(copy.deepcopy(model.module), model.tokenizer)
+
+
+def select_axis(architecture: Architecture, block: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Keep the positions `kept` of the named axes in every linear of a block, in place."""
+    for name, axes in architecture.linears.items():
+        linear: nn.Linear = block.get_submodule(name)  # type: ignore[assignment]
+        for dim, axis in enumerate(axes):
+            if axis in kept:
+                select_channels(linear, kept[axis], dim)
+
+
+def reader_of(architecture: Architecture, axis: str) -> str:
+    """The one linear of a block whose inputs are the channels of an axis."""
+    (name,) = [name for name, (_, inputs) in architecture.linears.items() if inputs == axis]
+    return name

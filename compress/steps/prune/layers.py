@@ -1,38 +1,43 @@
-"""Fewer blocks: those that change the hidden state least are removed."""
+"""Fewer blocks: those that the model misses least are removed, and the blocks before them make up for it."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.errors import NumericalError, RecipeError
-from compress.interfaces import Context, Progress, Step
+from compress.errors import RecipeError
+from compress.interfaces import Context, Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from compress.architectures import Facts
     from compress.model import Model
 
 
 class Layers(Step):
-    """Remove the `count` blocks with the least influence 1 − E[cos(x, y)], x entering a block and y leaving it.
+    """Remove the `count` blocks that the model misses least.
 
-    The mean is over the calibration tokens, on the model as it is before any block goes. Among equal influences the
-    later block goes.
-    Men et al. 2024, arXiv:2403.03853, eq. 1.
+    criterion: `influence`, 1 − E[cos(x, y)] with x entering a block and y leaving it, on the model as it is before
+    any block goes (Men et al. 2024, arXiv:2403.03853, eq. 1); or `divergence`, the mean KL to the whole model's
+    logits without the block, measured anew after each removal on the first `tokens` of the calibration. Among equals
+    the later block goes.
+    update: with `stream`, the last linear of the block before each gap is set by least squares, with a ridge towards
+    its old values, to come nearest to the residual stream behind the gap. ridge: as in prune.neurons.
     """
 
     name: ClassVar[str] = "prune.layers"
+    version: ClassVar[int] = 2
     reshapes: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 
     count: int = Field(ge=0)
+    criterion: Literal["influence", "divergence"] = "influence"
+    tokens: int = Field(2048, ge=2)
+    update: Literal["none", "stream"] = "stream"
+    ridge: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
 
     def check(self, facts: Facts) -> None:
         """Refuse to remove every block."""
@@ -53,49 +58,49 @@ class Layers(Step):
         if self.count == 0:
             return
         refuse_unready(model, context, self.name)
+        removed = self._least_missed(model, context)
+        kept = [i for i in range(model.facts.layers) if i not in removed]
+        before = model.facts.layers
+        if self.update == "stream":
+            self._bridge(model, context, kept)
+        else:
+            _keep_blocks(model, kept)
+        listed = ", ".join(f"{i} ({removed[i]:.4f})" for i in sorted(removed))
+        context.notes.append(f"{self.name}: removed blocks {listed}, by {self.criterion}, of {before}")
+
+    def _least_missed(self, model: Model, context: Context) -> dict[int, float]:
+        """The blocks to remove, each with what it was judged by."""
+        from compress.steps.prune._depth import block_influence, by_divergence
+
+        if self.criterion == "divergence":
+            windows = context.calibration[: max(1, self.tokens // len(context.calibration[0]))]
+            return dict(by_divergence(model, windows, self.count, context.progress))
         influence = block_influence(model, context.calibration, context.progress)
         order = sorted(range(len(influence)), key=lambda i: (influence[i], -i))
-        removed = sorted(order[: self.count])
-        _keep_blocks(model, [i for i in range(len(influence)) if i not in removed])
-        listed = ", ".join(f"{i} ({influence[i]:.4f})" for i in removed)
-        context.notes.append(f"{self.name}: removed blocks {listed}, by influence, of {len(influence)}")
+        return {i: influence[i] for i in order[: self.count]}
 
+    def _bridge(self, model: Model, context: Context, kept: Sequence[int]) -> None:
+        """Remove the blocks, and let each block before a gap aim at what left the last block of the gap."""
+        import torch
 
-def block_influence(
-    model: Model, windows: Sequence[Tensor], progress: Progress = lambda label, fraction: None, batch: int = 8
-) -> list[float]:
-    """1 − E[cos(x, y)] of each block over all tokens of the windows, (length,) int64 each.
+        from compress.blocks import walk
+        from compress.steps.prune._removal import moments, refit
+        from compress.steps.prune._structure import reader_of, twin_of
 
-    Raises NumericalError naming the first block where it is not finite.
-    """
-    import torch
-
-    blocks = model.module.get_submodule(model.facts.architecture.blocks)
-    totals = [0.0] * len(blocks)
-
-    def compare(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        x, y = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
-        totals[index] += float(torch.cosine_similarity(x.float(), y.float(), dim=-1).sum(dtype=torch.float64))
-
-    hooks = [
-        block.register_forward_hook(lambda _, args, kwargs, out, i=i: compare(i, args, kwargs, out), with_kwargs=True)
-        for i, block in enumerate(blocks)
-    ]
-    try:
-        # bfloat16 products are safe inside a block; the residual stream stays float32.
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-            for start in range(0, len(windows), batch):
-                progress("block influence", start / len(windows))
-                model.module.base_model(input_ids=torch.stack(list(windows[start : start + batch])), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    influence = [1 - total / sum(map(len, windows)) for total in totals]
-    if odd := [i for i, value in enumerate(influence) if not math.isfinite(value)]:
-        raise NumericalError(
-            f"{model.facts.architecture.blocks}.{odd[0]}: non-finite hidden states on calibration data"
-        )
-    return influence
+        twins = walk(twin_of(model), context.calibration)
+        behind = [i - 1 for i in [*kept[1:], model.facts.layers]]  # the block whose place each kept one takes
+        reader = reader_of(model.facts.architecture, "mlp")
+        _keep_blocks(model, kept)
+        for block, last in zip(walk(model, context.calibration, context.progress), behind, strict=True):
+            target = next(twin for twin in twins if twin.index == last)
+            if last == kept[block.index]:
+                continue
+            name = f"{model.facts.architecture.blocks}.{block.index}.{reader}"
+            sums = moments(block, name, (states.flatten(0, -2) for states in target.advance()))
+            weight = block.linears[name].weight
+            every = torch.arange(weight.shape[1])
+            weight.data.copy_(refit(self.name, f"{name}.weight", weight.detach(), sums, every, self.ridge))
+        model.touch()
 
 
 def _keep_blocks(model: Model, kept: Sequence[int]) -> None:

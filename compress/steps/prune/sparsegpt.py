@@ -8,7 +8,7 @@ from pydantic import Field
 
 from compress.errors import NumericalError
 from compress.interfaces import Context
-from compress.steps.prune._fields import WeightPruning
+from compress.steps.prune._fields import CalibratedPruning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from compress.numerics.masks import Target
 
 
-class Sparsegpt(WeightPruning):
+class Sparsegpt(CalibratedPruning):
     """Drop the weights that cost least once the others are updated, by the calibration's second moments.
 
     Blocks are pruned in order, each fed by the pruned ones before it; the linears of one block are all measured
@@ -28,7 +28,6 @@ class Sparsegpt(WeightPruning):
     """
 
     name: ClassVar[str] = "prune.sparsegpt"
-    uses_calibration: ClassVar[bool] = True
 
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
 
@@ -37,7 +36,7 @@ class Sparsegpt(WeightPruning):
         from compress.blocks import walk
         from compress.steps.prune._record import sparsity_note
 
-        targets = self.begin(model, context)
+        targets = self.allocated(model, context)
         dead = sum(
             self._prune_block(model, block, targets) for block in walk(model, context.calibration, context.progress)
         )

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from compress.interfaces import Context
-from compress.steps.prune._fields import WeightPruning
+from compress.steps.prune._fields import CalibratedPruning
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from compress.blocks import Block
     from compress.model import Model
 
 
-class Wanda(WeightPruning):
+class Wanda(CalibratedPruning):
     """Drop, in each output row, the weights with the smallest |W_ij| · ‖X_j‖₂.
 
     ‖X_j‖₂ is the norm of input channel j over the calibration tokens. Blocks are pruned in order, and each
@@ -24,18 +21,17 @@ class Wanda(WeightPruning):
     """
 
     name: ClassVar[str] = "prune.wanda"
-    uses_calibration: ClassVar[bool] = True
 
     def apply(self, model: Model, context: Context) -> None:
         """Prune in place; each mask lands in `model.masks`."""
         from compress.blocks import walk
         from compress.numerics.masks import keep, wanda_scores
-        from compress.steps.prune._record import record_mask, require_finite, sparsity_note
+        from compress.steps.prune._record import channel_norms, record_mask, require_finite, sparsity_note
 
-        targets = self.begin(model, context)
+        targets = self.allocated(model, context)
         dead = 0
         for block in walk(model, context.calibration, context.progress):
-            norms = _channel_norms(block)
+            norms = channel_norms(block)
             for module, linear in block.linears.items():
                 tensor = f"{module}.weight"
                 dead += int((norms[module] == 0).sum())
@@ -44,18 +40,3 @@ class Wanda(WeightPruning):
         context.notes.append(sparsity_note(model, list(targets), self.name))
         if dead:
             context.notes.append(f"{self.name}: {dead} input channels were zero on all calibration tokens")
-
-
-def _channel_norms(block: Block) -> dict[str, Tensor]:
-    """‖X_j‖₂ of each linear's input channels over the calibration, (in_features,) float64, by module name."""
-    import torch
-
-    squares: dict[str, Tensor] = {}
-
-    def add(names: tuple[str, ...], X: Tensor) -> None:
-        total = X.square().sum(dim=0, dtype=torch.float64)
-        for name in names:
-            squares[name] = squares[name] + total if name in squares else total
-
-    block.observe(add)
-    return {name: total.sqrt() for name, total in squares.items()}

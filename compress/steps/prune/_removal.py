@@ -1,0 +1,110 @@
+"""What the steps that remove inner channels share: how a channel is judged, and how the rest makes up for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.errors import NumericalError
+from compress.interfaces import Context, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from compress.blocks import Block
+    from compress.model import Model
+
+Criterion = Literal["activation", "wanda", "taylor"]
+Update = Literal["none", "output", "stream"]
+
+
+class Removal(Step):
+    """Channels between two linears of a submodule: what decides who stays, and the update of the linear that reads.
+
+    criterion: a channel's worth over the calibration tokens, with W the reading linear and X its inputs:
+    `activation` ‖W_:j‖₂ · ‖X_j‖₂, `wanda` Σ_i |W_ij| · ‖X_j‖₂, or `taylor` Σ_t |x_tj ∂L/∂x_tj|.
+    update: the reading linear's other weights are set by least squares, with a ridge towards their old values, to
+    come nearest to its own old output on the present inputs (`output`), or to what brings the residual stream back
+    to that of the model before this step (`stream`), which also makes up for what earlier blocks have lost.
+    ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
+    """
+
+    reshapes: ClassVar[bool] = True
+    uses_calibration: ClassVar[bool] = True
+
+    criterion: Criterion = "activation"
+    update: Update = "stream"
+    ridge: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
+
+    def scores(self, W: Tensor, H: Tensor, taylor: Tensor | None, size: int = 1) -> Tensor:
+        """Worth of each run of `size` neighbouring channels, (m / size,). W: (n, m). H: (m, m). taylor: (m / size,)."""
+        from compress.numerics.neurons import channel_scores, wanda_channel_scores
+
+        if taylor is not None:
+            return taylor
+        if self.criterion == "wanda":
+            return wanda_channel_scores(W, H).view(-1, size).sum(dim=1)
+        return channel_scores(W, H).square().view(-1, size).sum(dim=1).sqrt()
+
+    def taylor(self, model: Model, context: Context, linear: str, size: int = 1) -> Sequence[Tensor | None]:
+        """Taylor scores per block where the criterion asks for them, else None per block."""
+        from compress.steps.prune._taylor import taylor_scores
+
+        if self.criterion != "taylor":
+            return [None] * model.facts.layers
+        return taylor_scores(model, context.calibration, linear, size, context.progress)
+
+
+def refit(step: str, tensor: str, W: Tensor, sums: tuple[Tensor, Tensor | None], kept: Tensor, ridge: float) -> Tensor:
+    """Weights (n, k) of the kept channels by least squares. sums: those of `moments`.
+
+    Raises NumericalError naming the tensor.
+    """
+    from compress.numerics.neurons import compensated
+    from compress.steps.prune._record import require_finite
+
+    try:
+        return require_finite(compensated(W, sums[0], kept, ridge, sums[1]), tensor, step)
+    except NumericalError as error:
+        raise NumericalError(f"{tensor}: {error}") from None
+
+
+def beside(model: Model, context: Context, update: Update) -> Iterator[tuple[Block, Block | None]]:
+    """The blocks in order, each with the same block of the model as it is now where `stream` needs its states."""
+    from compress.blocks import walk
+    from compress.steps.prune._structure import twin_of
+
+    blocks = walk(model, context.calibration, context.progress)
+    if update == "stream":
+        yield from zip(blocks, walk(twin_of(model), context.calibration), strict=True)
+    else:
+        yield from ((block, None) for block in blocks)
+
+
+def moments(block: Block, reader: str, wanted: Iterable[Tensor] | None) -> tuple[Tensor, Tensor | None]:
+    """Σ x xᵀ (m, m) of a closing linear's inputs, and Σ d xᵀ (n, m), with d what the residual stream behind it lacks.
+
+    wanted: that stream as it should be, (tokens, n) per batch; None: nothing is lacking, as None says in turn.
+    """
+    import torch
+
+    from compress.numerics.hessian import Hessian
+
+    linear = block.linears[reader]
+    hessian = Hessian(linear.in_features)
+    if wanted is None:
+        block.observe(lambda names, X: hessian.add(X) if reader in names else None)
+        return hessian.matrix, None
+    missing = torch.zeros(linear.weight.shape)
+    for (X, _, after), target in zip(block.around(reader), wanted, strict=True):
+        hessian.add(X)
+        missing.addmm_((target - after).T, X)
+    return hessian.matrix, missing
+
+
+def stream_behind(twin: Block | None, reader: str) -> Iterator[Tensor] | None:
+    """The residual stream behind a closing linear of an unchanged block, (tokens, n) per batch."""
+    return None if twin is None else (after for _, _, after in twin.around(reader, last=True))

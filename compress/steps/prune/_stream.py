@@ -1,0 +1,54 @@
+"""One window's way through a decoder, a block at a time, to see what the logits lose when one of them changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from compress.blocks import enter
+from compress.numerics.divergence import divergence
+
+if TYPE_CHECKING:
+    from compress.model import Model
+
+
+class Stream:
+    """The hidden states (1, length, width) of one window (length,) int64 of a model.
+
+    Products run in bfloat16, which is safe inside a block; the residual stream stays float32.
+    """
+
+    def __init__(self, model: Model, window: Tensor):
+        architecture = model.facts.architecture
+        first = model.module.get_submodule(architecture.blocks)[0]
+        (self._entering,), self._arguments = enter(model, first, [window[None]])
+        self._norm = model.module.get_submodule(architecture.final_norm)
+        self._head = model.module.get_output_embeddings()
+
+    def states(self, blocks: Sequence[nn.Module]) -> list[Tensor]:
+        """Those that enter each of the blocks, and those that leave the last."""
+        found = [self._entering]
+        for block in blocks:
+            found.append(self.through([block], found[-1]))
+        return found
+
+    def through(self, blocks: Iterable[nn.Module], states: Tensor) -> Tensor:
+        """What leaves the last of the blocks."""
+        for block in blocks:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                out = block(states, **self._arguments)
+            states = (out[0] if isinstance(out, tuple) else out).float()
+        return states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits (length, vocabulary) float32 of the states that leave the last block."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits: Tensor = self._head(self._norm(states))[0].float()
+        return logits
+
+    def divergence(self, reference: Tensor, states: Tensor) -> float:
+        """Sum over tokens of KL(reference‖model) in nats, of logits and of the states that leave the last block."""
+        return float(divergence(reference, self.logits(states)).kl.sum())

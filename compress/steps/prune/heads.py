@@ -1,0 +1,109 @@
+"""Fewer attention heads: query heads within their groups, and whole groups with their key and value heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from compress.errors import RecipeError
+from compress.interfaces import Context
+from compress.steps.prune._removal import Removal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.architectures import Facts
+    from compress.blocks import Block
+    from compress.model import Model
+
+
+class Heads(Removal):
+    """Remove `groups` key/value heads with all their query heads, then `queries` query heads of those that are left.
+
+    The same number goes in every block, and every group that is left keeps equally many query heads, as grouped-query
+    attention and the formats need (Ainslie et al. 2023, arXiv:2305.13245). The output projection (o_proj) reads the
+    heads: `criterion`, `update` and `ridge` speak of it; a head's worth is that of its channels together, a group's
+    that of its query heads. Blocks are cut in order, each fed by the smaller ones before it.
+    """
+
+    name: ClassVar[str] = "prune.heads"
+
+    groups: int = Field(0, ge=0)
+    queries: int = Field(0, ge=0)
+
+    def check(self, facts: Facts) -> None:
+        """Refuse counts that leave no head, or groups of unequal size."""
+        groups, per_group = facts.kv_heads - self.groups, facts.heads // facts.kv_heads
+        if groups < 1:
+            raise RecipeError(
+                f"groups={self.groups} leaves none of {facts.kv_heads} key/value heads; "
+                f"use at most {facts.kv_heads - 1}"
+            )
+        heads = groups * per_group
+        if self.queries % groups:
+            raise RecipeError(
+                f"queries={self.queries} of {heads} query heads leaves {heads - self.queries}, which {groups} "
+                f"key/value heads cannot share evenly; remove a multiple of {groups}"
+            )
+        if self.queries >= heads:
+            raise RecipeError(
+                f"queries={self.queries} leaves none of {heads} query heads; use at most {heads - groups}, or remove "
+                "whole groups"
+            )
+
+    def facts_after(self, facts: Facts) -> Facts:
+        """The same model with fewer heads."""
+        if not self.groups and not self.queries:
+            return facts
+        kv_heads = facts.kv_heads - self.groups
+        heads = kv_heads * (facts.heads // facts.kv_heads) - self.queries
+        sizes = {**facts.sizes, "q": heads * facts.head_size, "kv": kv_heads * facts.head_size}
+        return replace(facts, heads=heads, kv_heads=kv_heads, sizes=sizes)
+
+    def apply(self, model: Model, context: Context) -> None:
+        """Cut every block in place, then the config."""
+        from compress.steps.prune._removal import beside
+        from compress.steps.prune._structure import reader_of, refuse_unready
+
+        self.check(model.facts)
+        before, after = model.facts, self.facts_after(model.facts)
+        if after == before:
+            return
+        refuse_unready(model, context, self.name)
+        reader = reader_of(before.architecture, "q")
+        taylor = self.taylor(model, context, reader, before.head_size)
+        for block, twin in beside(model, context, self.update):
+            self._cut(before, after, block, twin, reader, taylor[block.index])
+        config = model.module.config
+        config.head_dim = before.head_size  # no longer hidden_size / num_attention_heads
+        config.num_attention_heads, config.num_key_value_heads = after.heads, after.kv_heads
+        model.reshaped()
+        context.notes.append(
+            f"{self.name}: {after.heads} of {before.heads} query heads and {after.kv_heads} of {before.kv_heads} "
+            "key/value heads remain in each block"
+        )
+
+    def _cut(
+        self, before: Facts, after: Facts, block: Block, twin: Block | None, reader: str, taylor: Tensor | None
+    ) -> None:
+        """Choose heads by the inputs of the linear that reads them, then cut every linear of the attention."""
+        from compress.numerics.neurons import highest_groups, with_neighbours
+        from compress.steps.prune._record import require_finite
+        from compress.steps.prune._removal import moments, refit, stream_behind
+        from compress.steps.prune._structure import select_axis
+
+        name = f"{before.architecture.blocks}.{block.index}.{reader}"
+        sums = moments(block, name, stream_behind(twin, name))
+        tensor, W = f"{name}.weight", block.linears[name].weight.detach()
+        worth = require_finite(self.scores(W, sums[0], taylor, before.head_size), tensor, self.name)
+        kv, q = highest_groups(worth.view(before.kv_heads, -1), after.kv_heads, after.heads // after.kv_heads)
+        kept = with_neighbours(q, before.head_size)
+        V = W[:, kept] if self.update == "none" else refit(self.name, tensor, W, sums, kept, self.ridge)
+        select_axis(before.architecture, block.module, {"q": kept, "kv": with_neighbours(kv, before.head_size)})
+        block.linears[name].weight.data.copy_(V)
+        part: Any
+        for part in block.module.modules():
+            if hasattr(part, "num_key_value_groups"):
+                part.num_key_value_groups = after.heads // after.kv_heads

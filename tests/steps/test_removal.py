@@ -1,0 +1,231 @@
+"""What is removed, and what makes up for it: heads, blocks by measured KL, residual channels; plain references."""
+
+import pytest
+import torch
+
+from compress.errors import NumericalError
+from compress.interfaces import Context
+from compress.model import Model
+from compress.numerics.divergence import divergence
+from compress.plugin import step
+from compress.steps.prune._depth import by_divergence
+from compress.steps.prune._taylor import taylor_scores
+from tests.steps.test_structure import WINDOW, check_shapes, logits, reshaped, tiny_copy, windows
+from tests.tiny import tiny_model
+
+HEAD = 8  # channels of one head of the tiny model: 4 query heads share 2 key/value heads
+UPDATES = ("none", "output", "stream")
+CRITERIA = ("activation", "wanda", "taylor")
+
+
+def silence(model: Model, block: int, heads: list[int]) -> None:
+    """Let the output projection ignore query heads."""
+    weight = model.parameter(f"model.layers.{block}.self_attn.o_proj.weight")
+    for head in heads:
+        weight.data[:, head * HEAD : (head + 1) * HEAD] = 0.0
+
+
+def stream_error(model: Model, before: Model) -> float:
+    """Mean square by which the final hidden states differ on the calibration."""
+    total = 0.0
+    for window in windows():
+        with torch.no_grad():
+            new = model.module.base_model(window[None]).last_hidden_state
+            total += float((new - before.module.base_model(window[None]).last_hidden_state).square().mean())
+    return total
+
+
+# --- heads ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(
+    ("fields", "silent", "left"),
+    [
+        ({"queries": 2}, [[1, 2], [0, 3]], [[0, 3], [1, 2]]),
+        ({"groups": 1}, [[0, 1], [2, 3]], [[2, 3], [0, 1]]),
+        ({"groups": 1, "queries": 1}, [[0, 1, 2], [1, 2, 3]], [[3], [0]]),
+    ],
+)
+def test_silent_heads_go_and_the_function_stays(update, criterion, fields, silent, left):
+    model, notes = tiny_model(), []
+    for block, heads in enumerate(silent):
+        silence(model, block, heads)
+    expected = logits(model)
+    rows = [
+        torch.cat([model.parameter(f"model.layers.{i}.self_attn.q_proj.weight").view(4, HEAD, -1)[h] for h in heads])
+        for i, heads in enumerate(left)
+    ]
+    small = reshaped("prune.heads", {**fields, "update": update, "criterion": criterion}, tiny_copy(model), notes)
+    check_shapes(small)
+    for i in range(2):
+        assert torch.equal(small.parameter(f"model.layers.{i}.self_attn.q_proj.weight"), rows[i])
+    torch.testing.assert_close(logits(small), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(small.decode_logits(WINDOW), expected, rtol=1e-4, atol=1e-4)
+    heads, groups = len(left[0]), 2 - fields.get("groups", 0)
+    assert notes == [
+        f"prune.heads: {heads} of 4 query heads and {groups} of 2 key/value heads remain in each block",
+    ]
+    config = small.module.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (heads, groups, HEAD)
+
+
+@pytest.mark.parametrize("name", ["prune.heads", "prune.neurons"])
+def test_each_update_comes_nearer_to_the_model_before(name):
+    fields = {"queries": 2} if name == "prune.heads" else {"fraction": 0.5}
+    errors = [stream_error(reshaped(name, {**fields, "update": u}), tiny_model()) for u in UPDATES]
+    assert errors[2] < errors[1] < errors[0], errors
+
+
+def test_pruning_twice_goes_on_from_the_smaller_model():
+    model = reshaped("prune.heads", {"queries": 2})
+    check_shapes(reshaped("prune.heads", {"groups": 1}, model))
+    assert (model.facts.heads, model.facts.kv_heads, model.facts.head_size) == (1, 1, HEAD)
+
+
+def plain_taylor(model: Model, linear: str, size: int) -> list[list[float]]:
+    """Autograd on one window at a time, in float32, and loops."""
+    found = [[0.0] * (model.module.get_submodule(f"model.layers.{i}.{linear}").in_features // size) for i in range(2)]
+    for window in windows():
+        inputs = {}
+        hooks = [
+            model.module.get_submodule(f"model.layers.{i}.{linear}").register_forward_pre_hook(
+                lambda _, args, i=i, seen=inputs: seen.__setitem__(i, args[0]) or args[0].retain_grad()
+            )
+            for i in range(2)
+        ]
+        out = model.module(window[None]).logits[0]
+        torch.nn.functional.cross_entropy(out[:-1], window[1:], reduction="sum").backward()
+        for hook in hooks:
+            hook.remove()
+        for i, X in inputs.items():
+            for t in range(X.shape[1]):
+                for c in range(len(found[i])):
+                    at = slice(c * size, (c + 1) * size)
+                    found[i][c] += abs(float((X.detach()[0, t, at] * X.grad[0, t, at]).sum()))
+    return found
+
+
+@pytest.mark.parametrize(("linear", "size"), [("self_attn.o_proj", HEAD), ("mlp.down_proj", 1)])
+def test_taylor_scores_equal_a_plain_reference_and_leave_no_gradient(linear, size):
+    model = tiny_model()
+    flags = [p.requires_grad for p in model.module.parameters()]
+    found = taylor_scores(model, windows(), linear, size)
+    assert [p.requires_grad for p in model.module.parameters()] == flags
+    assert all(p.grad is None for p in model.module.parameters())
+    for scores, plain in zip(found, plain_taylor(tiny_model(), linear, size), strict=True):
+        torch.testing.assert_close(scores, torch.tensor(plain), rtol=0.05, atol=0.02 * max(plain))  # bfloat16
+
+
+# --- layers -----------------------------------------------------------------------------------------------
+
+
+def three_blocks() -> Model:
+    """A tiny model of three blocks, the middle one of which hardly changes the hidden state's direction."""
+    import copy
+
+    from transformers import LlamaForCausalLM
+
+    twin = tiny_model()
+    config = copy.deepcopy(twin.module.config)
+    config.num_hidden_layers = 3
+    torch.manual_seed(1)
+    model = Model(LlamaForCausalLM(config), twin.tokenizer)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.parameter(f"model.layers.1.{name}.weight").data.mul_(0.1)
+    return model
+
+
+def plain_kl(model: Model, kept: list[int]) -> float:
+    """Whole forward passes of transformers with some blocks alone."""
+    blocks, total, tokens = model.module.model.layers, 0.0, 0
+    for window in windows(2):
+        found = []
+        for chosen in ([0, 1, 2], kept):
+            model.module.model.layers = torch.nn.ModuleList(blocks[i] for i in chosen)
+            model.module.config.num_hidden_layers = len(chosen)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                found.append(model.module(window[None], use_cache=False).logits[0].float())
+        total, tokens = total + float(divergence(*found).kl.sum()), tokens + len(window)
+    model.module.model.layers, model.module.config.num_hidden_layers = blocks, 3
+    return total / tokens
+
+
+def test_greedy_removal_by_kl_equals_whole_passes():
+    model = three_blocks()
+    (first, kl), (second, both) = by_divergence(model, windows(2), 2)
+    singles = {i: plain_kl(model, [j for j in range(3) if j != i]) for i in range(3)}
+    assert first == min(singles, key=singles.__getitem__) == 1
+    assert kl == pytest.approx(singles[1], rel=0.02)
+    pairs = {i: plain_kl(model, [2 - i]) for i in (0, 2)}
+    assert second == min(pairs, key=pairs.__getitem__) and both == pytest.approx(pairs[second], rel=0.02)
+
+
+def test_the_block_before_a_gap_makes_up_for_it():
+    errors, notes = {}, []
+    for update in ("none", "stream"):
+        fields = {"count": 1, "criterion": "divergence", "update": update, "tokens": 64}
+        model = reshaped("prune.layers", fields, three_blocks(), notes)
+        errors[update] = stream_error(model, three_blocks())
+        others = three_blocks()
+        others = [others.parameter(f"model.layers.{i}.mlp.down_proj.weight") for i in (0, 2)]
+        same = [torch.equal(model.parameter(f"model.layers.{i}.mlp.down_proj.weight"), others[i]) for i in range(2)]
+        assert same == [update == "none", True]
+    assert errors["stream"] < errors["none"], errors
+    assert all("removed blocks 1 (" in note and "by divergence, of 3" in note for note in notes)
+
+
+def test_non_finite_logits_name_the_block():
+    model = three_blocks()
+    model.parameter("model.layers.2.mlp.down_proj.weight").data[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="model.layers.0: non-finite"):
+        reshaped("prune.layers", {"count": 1, "criterion": "divergence"}, model)
+
+
+# --- hidden -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_residual_channels_that_nothing_uses_go_and_the_function_stays(update):
+    """Silent channels are zero throughout: the norms' root mean square is then larger by a known factor."""
+    model, notes = tiny_model(), []
+    silent = torch.arange(0, 32, 2)
+    with torch.no_grad():
+        model.parameter("model.embed_tokens.weight")[:, silent] = 0.0
+        for i in range(2):
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                model.parameter(f"model.layers.{i}.{name}.weight")[silent] = 0.0
+    expected = logits(model)
+    fields = {"fraction": 0.5, "round_to": 16, "update": update}
+    small = reshaped("prune.hidden", fields, tiny_copy(model), notes)
+    check_shapes(small)
+    torch.testing.assert_close(logits(small), expected, rtol=1e-3, atol=1e-3)  # the epsilon of the norms
+    assert small.parameter("model.norm.weight").tolist() == pytest.approx([2**0.5] * 16, rel=1e-4)
+    assert notes == ["prune.hidden: 16 of 32 residual channels remain"]
+    assert (small.module.config.hidden_size, small.module.config.head_dim) == (16, HEAD)
+
+
+def test_refitted_readers_stay_nearer():
+    errors = {}
+    for update in (False, True):
+        small = reshaped("prune.hidden", {"fraction": 0.25, "round_to": 8, "update": update})
+        total = 0.0
+        for window in windows():
+            pair = [next(m.logits([window.tolist()])) for m in (tiny_model(), small)]
+            total += float(divergence(*pair).kl.mean())
+        errors[update] = total
+    assert errors[True] < errors[False], errors
+
+
+def test_all_four_in_a_row_leave_an_ordinary_model():
+    model = three_blocks()
+    reshaped("prune.layers", {"count": 1}, model)
+    reshaped("prune.heads", {"queries": 2, "criterion": "taylor"}, model)
+    reshaped("prune.neurons", {"fraction": 0.5}, model)
+    reshaped("prune.hidden", {"fraction": 0.25, "round_to": 8}, model)
+    check_shapes(model)
+    torch.testing.assert_close(model.decode_logits(WINDOW), logits(model), rtol=1e-4, atol=1e-4)
+    step("prune.wanda")(pattern="2:4").apply(model, Context(seed=0, calibration=windows()))
+    step("quantize.gptq")(group_size=8).apply(model, Context(seed=0, calibration=windows()))
+    assert all(not model.parameter(name)[~mask].any() for name, mask in model.masks.items())
