@@ -82,6 +82,7 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
             for before in shapes[i]:
                 _check_step(recipe, before, path, step)
             _check_order(recipe, i, path, step)
+            _check_codes(recipe, i, shapes, path, step)
         _check_margins(recipe, i, entry)
     _check_windows(recipe, facts)
     _check_rounded_once(recipe, shapes)
@@ -179,8 +180,9 @@ def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step:
     """The step's own judgement, and group sizes that must divide the input channels."""
     try:
         step.check(facts)
-        for name, encoding in step.encodings(facts).items():
-            encoding.groups(facts.matrices[name][1])
+        for name, encodings in step.possible(facts).items():
+            for encoding in encodings:
+                encoding.groups(facts.matrices[name][1])
     except RecipeError as error:
         raise _refusal(recipe, path, str(error)) from None
 
@@ -202,6 +204,19 @@ def _check_order(recipe: Recipe, i: int, path: tuple[str | int, ...], step: Step
             raise _refusal(recipe, path, f"trains after {before}; move it before steps[{k}]")
         if step.masks:
             raise _refusal(recipe, path, f"prunes after {before}; move it before steps[{k}]")
+
+
+def _check_codes(
+    recipe: Recipe, i: int, shapes: Sequence[Sequence[Facts]], path: tuple[str | int, ...], step: Step
+) -> None:
+    """What refines codes needs some, whichever attempts are accepted before it."""
+
+    def stores(attempt: Step, k: int) -> bool:
+        return any(encoding.is_coded for encoding in _encodings(attempt, shapes[k]).values())
+
+    if step.refines and not any(all(stores(a, k) for a in e.attempts) for k, e in enumerate(recipe.steps[:i])):
+        message = "refines weights stored in codes, and no step before it stores some in every attempt; quantize first"
+        raise _refusal(recipe, path, message)
 
 
 def _check_rounded_once(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
@@ -261,9 +276,12 @@ def _possible(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> dict[str, di
     for i, entry in enumerate(recipe.steps):
         after: dict[str, dict[Encoding, str]] = {name: {} for name in found}
         for path, step in _attempts(entry, i):
-            stored = _encodings(step, shapes[i])
+            stored: dict[str, dict[Encoding, str]] = {}
+            for facts in shapes[i]:
+                for name, encodings in step.possible(facts).items():
+                    stored.setdefault(name, {}).update(dict.fromkeys(encodings, _title(path)))
             for name, before in found.items():
-                after[name].update({stored[name]: _title(path)} if name in stored else before)
+                after[name].update(stored.get(name, before))
         found = after
     return {name: found[name] for facts in shapes[-1] for name in facts.matrices}
 
