@@ -53,7 +53,8 @@ def _undominated(costs: Integers, losses: Floats, among: Integers) -> Integers:
     order = among[np.lexsort((losses[among], costs[among]))]
     falling = losses[order]
     better = np.append(True, falling[1:] < np.minimum.accumulate(falling)[:-1])
-    return order[better]
+    kept: Integers = order[better]
+    return kept
 
 
 def _price(costs: list[Integers], losses: list[Floats], budget: int) -> tuple[float, float]:

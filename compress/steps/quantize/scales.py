@@ -114,7 +114,7 @@ def _forward(layer: Any, theta: Tensor) -> Callable[[Tensor], Tensor]:
     from compress.numerics.scaled_linear import ScaledLinear
 
     def forward(x: Tensor) -> Tensor:
-        product: Tensor = ScaledLinear.apply(x, layer.weight, theta)
+        product: Tensor = ScaledLinear.apply(x, layer.weight, theta)  # type: ignore[no-untyped-call]
         return product if layer.bias is None else product + layer.bias.to(product.dtype)
 
     return forward
