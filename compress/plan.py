@@ -82,10 +82,10 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
             for before in shapes[i]:
                 _check_step(recipe, before, path, step)
             _check_order(recipe, i, path, step)
-            _check_codes(recipe, i, shapes, path, step)
         _check_margins(recipe, i, entry)
     _check_windows(recipe, facts)
     _check_rounded_once(recipe, shapes)
+    _check_refined(recipe, shapes)
     _check_exports(recipe, shapes)
     return [*_loosened(recipe), *_ungated(recipe)]
 
@@ -206,19 +206,6 @@ def _check_order(recipe: Recipe, i: int, path: tuple[str | int, ...], step: Step
             raise _refusal(recipe, path, f"prunes after {before}; move it before steps[{k}]")
 
 
-def _check_codes(
-    recipe: Recipe, i: int, shapes: Sequence[Sequence[Facts]], path: tuple[str | int, ...], step: Step
-) -> None:
-    """What refines codes needs some, whichever attempts are accepted before it."""
-
-    def stores(attempt: Step, k: int) -> bool:
-        return any(encoding.is_coded for encoding in _encodings(attempt, shapes[k]).values())
-
-    if step.refines and not any(all(stores(a, k) for a in e.attempts) for k, e in enumerate(recipe.steps[:i])):
-        message = "refines weights stored in codes, and no step before it stores some in every attempt; quantize first"
-        raise _refusal(recipe, path, message)
-
-
 def _check_rounded_once(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
     """Tensors in codes cannot be rounded again."""
     coded: dict[str, int] = {}
@@ -231,6 +218,20 @@ def _check_rounded_once(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> No
                 raise _refusal(recipe, path, f"{twice[0]} and {len(twice) - 1} more are {first}; {remedy}")
         for step in entry.attempts:
             coded |= {name: i for name, e in _encodings(step, shapes[i]).items() if e.is_coded}
+
+
+def _check_refined(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
+    """What refines codes needs some, whichever attempts are accepted before it."""
+
+    def stores(entry: StepEntry, facts: Sequence[Facts]) -> bool:
+        return all(any(e.is_coded for e in _encodings(step, facts).values()) for step in entry.attempts)
+
+    for i, entry in enumerate(recipe.steps):
+        stored = any(stores(*pair) for pair in zip(recipe.steps[:i], shapes))
+        for path, step in _attempts(entry, i):
+            if step.refines and not stored:
+                message = "refines weights stored in codes, and no earlier step stores some in every attempt"
+                raise _refusal(recipe, path, f"{message}; quantize before it")
 
 
 def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
