@@ -124,6 +124,19 @@ def test_what_cannot_be_chosen_is_refused_before_weights_load(fields, message):
         Mixed(**{**FAST, **fields}).check(tiny_model().facts)
 
 
+def test_codebooks_are_choices_where_the_method_has_them():
+    model = tiny_model()
+    fields = {"choices": ["int3", "nf4", "int8"], "group_size": 16, "target_bits": 5.5}
+    Mixed(method="rtn", **fields).apply(model, Context(seed=0, calibration=windows()))
+    assert {str(model.encoded[f"{name}.weight"].encoding) for name in model.facts.linears} == {
+        "int3 g16",
+        "nf4 g16",
+        "int8 g16",
+    }
+    with pytest.raises(RecipeError, match=r"quantize.hqq chooses integer codes, not nf4's"):
+        Mixed(method="hqq", **fields).check(model.facts)
+
+
 def test_missing_data_and_coded_tensors_are_refused():
     with pytest.raises(RecipeError, match=r"quantize.mixed needs data.calibration"):
         Mixed(**FAST).apply(tiny_model(), Context(seed=0))
@@ -133,7 +146,7 @@ def test_missing_data_and_coded_tensors_are_refused():
         Mixed(**FAST).apply(model, Context(seed=0, calibration=windows()))
 
 
-@pytest.mark.parametrize("fields", [{"choices": ["int4"]}, {"choices": ["int4", "nf4"]}, {"method": "cast"}])
+@pytest.mark.parametrize("fields", [{"choices": ["int4"]}, {"choices": ["int4", "fp16"]}, {"method": "cast"}])
 def test_impossible_fields_are_refused(fields):
     with pytest.raises(ValidationError):
         Mixed(**fields)

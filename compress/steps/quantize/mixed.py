@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compress.architectures import Facts
-from compress.encodings import AFFINE_BITS, Encoding
+from compress.encodings import Encoding
 from compress.errors import RecipeError
 from compress.interfaces import Context, Step
 from compress.plugin import step
-from compress.steps.quantize._fields import EncodingName, refuse_encoded, round_to_nearest
+from compress.steps.quantize._fields import CodedName, EncodingName, refuse_encoded, round_to_nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.model import Model
-
-Choice = Literal["int8", "int5", "int4", "int3", "int2"]
 
 
 class Mixed(Step):
@@ -44,7 +42,7 @@ class Mixed(Step):
 
     target_bits: float = Field(4.5, gt=0, allow_inf_nan=False)
     # Not strict: a list fills a tuple, in Python as in YAML.
-    choices: tuple[Choice, ...] = Field(("int3", "int4", "int8"), min_length=2, strict=False)
+    choices: tuple[CodedName, ...] = Field(("int3", "int4", "int8"), min_length=2, strict=False)
     method: Literal["gptq", "rtn", "awq", "hqq"] = "gptq"
     group_size: int | Literal["channel"] = 32
     symmetric: bool = True
@@ -55,8 +53,9 @@ class Mixed(Step):
         """Refuse group sizes that do not divide, and a budget that allows nothing or leaves nothing to choose."""
         if len(set(self.choices)) < len(self.choices):
             raise RecipeError(f"choices: {', '.join(self.choices)} names an encoding twice")
-        self._quantization({}).check(facts)
-        ends = {c: _bits(facts, dict.fromkeys(facts.linears, self._encoding(c))) for c in self.choices}
+        for choice in self.choices:
+            self._quantization({"*": choice}).check(facts)
+        ends = {choice: _bits(facts, self._all(facts, choice)) for choice in self.choices}
         small, large = min(ends, key=ends.__getitem__), max(ends, key=ends.__getitem__)
         if not ends[small] <= self.target_bits < ends[large]:
             raise RecipeError(
@@ -66,15 +65,18 @@ class Mixed(Step):
 
     def encodings(self, facts: Facts) -> Mapping[str, Encoding]:
         """A table within the budget, as if all weights mattered alike: its size is that of the real one, nearly."""
+        codes = [self._all(facts, choice) for choice in self.choices]
         losses = {
-            name: [n * m * 4.0 ** -AFFINE_BITS[c] for c in self.choices] for name, (n, m) in facts.linears.items()
+            name: [n * m * 4.0 ** -encodings[name].bits for encodings in codes]
+            for name, (n, m) in facts.linears.items()
         }
         return self._quantization(self.table(facts, losses)).encodings(facts)
 
     def possible(self, facts: Facts) -> Mapping[str, Sequence[Encoding]]:
         """Every choice, for every linear."""
         found = {name: [encoding] for name, encoding in self._quantization({}).encodings(facts).items()}
-        return {**found, **{f"{name}.weight": [self._encoding(c) for c in self.choices] for name in facts.linears}}
+        codes = [self._all(facts, choice) for choice in self.choices]
+        return {**found, **{f"{name}.weight": [encodings[name] for encodings in codes] for name in facts.linears}}
 
     def apply(self, model: Model, context: Context) -> None:
         """Score, solve, and let the method quantize as the table says."""
@@ -86,7 +88,7 @@ class Mixed(Step):
         expected = sum(losses[name][self.choices.index(choice)] for name, choice in table.items())
         counts = Counter(table.values())
         shares = ", ".join(f"{counts[c]} linears in {c}" for c in self.choices)
-        stored = _bits(model.facts, {name: self._encoding(c) for name, c in table.items()})
+        stored = _bits(model.facts, {name: model.encoded[f"{name}.weight"].encoding for name in table})
         context.notes.append(
             f"{self.name}: {shares}; {stored:.3f} of {self.target_bits} bits per weight over the linears; rounded to "
             f"nearest, they are expected to cost {expected:.4f} nats of KL per token"
@@ -97,22 +99,26 @@ class Mixed(Step):
         from compress.numerics.sensitivity import expected_divergence
 
         fisher, tokens = self._fisher(model, context)
+        codes = [self._all(model.facts, choice) for choice in self.choices]
         found: dict[str, list[float]] = {}
         for i, name in enumerate(model.facts.linears):
             context.progress(f"rounding {name}", i / len(model.facts.linears))
             W = model.parameter(f"{name}.weight").detach()
             found[name] = []
-            for choice in self.choices:
-                rounded = round_to_nearest(name, W, self._encoding(choice), search=True).decode()
+            for encodings in codes:
+                rounded = round_to_nearest(name, W, encodings[name], search=True).decode()
                 found[name].append(expected_divergence(fisher[name], rounded - W, tokens))
         return found
 
-    def table(self, facts: Facts, losses: Mapping[str, Sequence[float]]) -> dict[str, Choice]:
+    def table(self, facts: Facts, losses: Mapping[str, Sequence[float]]) -> dict[str, CodedName]:
         """The choice per linear that solves the knapsack."""
         from compress.numerics.knapsack import choose
 
-        encodings = [self._encoding(c) for c in self.choices]
-        costs = [[round(n * m * e.bits_per_weight(m)) for e in encodings] for n, m in facts.linears.values()]
+        codes = [self._all(facts, choice) for choice in self.choices]
+        costs = [
+            [round(n * m * encodings[name].bits_per_weight(m)) for encodings in codes]
+            for name, (n, m) in facts.linears.items()
+        ]
         weights = sum(n * m for n, m in facts.linears.values())
         picks = choose(costs, [losses[name] for name in facts.linears], int(self.target_bits * weights))
         return {name: self.choices[k] for name, k in zip(facts.linears, picks, strict=True)}
@@ -136,15 +142,17 @@ class Mixed(Step):
                 backward_of_sampled_tokens(network.hidden(window), network.head, generator)
         return fisher, sum(map(len, windows))
 
-    def _quantization(self, table: Mapping[str, Choice]) -> Step:
+    def _quantization(self, table: Mapping[str, CodedName]) -> Step:
         """The step that stores what the table says; the first choice where it says nothing."""
         fields = self.model_dump(include={"group_size", "symmetric", "embeddings"})
         return step(f"quantize.{self.method}").model_validate(
             {**fields, "encoding": self.choices[0], "keep": dict(table)}
         )
 
-    def _encoding(self, choice: Choice) -> Encoding:
-        return Encoding(choice, None if self.group_size == "channel" else self.group_size, self.symmetric)
+    def _all(self, facts: Facts, choice: CodedName) -> dict[str, Encoding]:
+        """Each linear's encoding if all of them had the same choice."""
+        stored = self._quantization({"*": choice}).encodings(facts)
+        return {name: stored[f"{name}.weight"] for name in facts.linears}
 
 
 def _bits(facts: Facts, encodings: Mapping[str, Encoding]) -> float:
