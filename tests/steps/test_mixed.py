@@ -150,3 +150,35 @@ def test_missing_data_and_coded_tensors_are_refused():
 def test_impossible_fields_are_refused(fields):
     with pytest.raises(ValidationError):
         Mixed(**fields)
+
+
+# --- the real model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_sensitivities_are_those_of_the_real_model_and_the_table_beats_one_encoding_for_all(real_baseline, real_model):
+    from compress.data import documents
+
+    ids = [i for document in documents("wiki")[:100] for i in real_baseline.encode(document.text)]
+    data = [torch.tensor(ids[i : i + 256]) for i in range(0, 12 * 256, 256)]
+    ruler = Ruler("test", Network(real_baseline.module, False), data[:4])
+    chosen = Mixed(choices=("int3", "int4", "int5"), method="rtn", target_bits=4.5, sensitivity_tokens=2048)
+    model = real_model()
+    losses = chosen.losses(model, Context(seed=0, calibration=data[4:]))
+    expected, measured = [], []
+    for name in list(losses)[4::23]:
+        parameter = model.parameter(f"{name}.weight")
+        W = parameter.detach().clone()
+        parameter.data = round_to_nearest(name, W, Encoding("int3", 32), search=True).decode()
+        measured.append(ruler.divergence(Network(model.module, False)))
+        parameter.data = W
+        expected.append(losses[name][0])
+    ranks = torch.tensor([expected, measured]).argsort(1).argsort(1).double()
+    assert len(expected) == 9 and float(torch.corrcoef(ranks)[0, 1]) > 0.7, (expected, measured)
+    found = {}
+    table = dict(chosen.table(model.facts, losses))
+    for label, keep in (("mixed", table), ("int4", {})):
+        model = real_model()
+        step("quantize.rtn")(encoding="int4", range="mse", embeddings=None, keep=keep).apply(model, Context(seed=0))
+        found[label] = ruler.divergence(Network(model.module, False))
+    assert found["mixed"] < 0.95 * found["int4"], found

@@ -198,3 +198,22 @@ def test_missing_data_are_refused(missing):
 def test_impossible_fields_are_refused(fields):
     with pytest.raises(ValidationError):
         Scales(**fields)
+
+
+# --- the real model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_a_few_steps_heal_a_rounded_real_model_on_held_out_text(real_baseline, real_model):
+    from compress.data import documents
+
+    ids = [i for document in documents("wiki")[:200] for i in real_baseline.encode(document.text)]
+    data = [torch.tensor(ids[i : i + 256]) for i in range(0, 24 * 256, 256)]
+    held_out, selection, calibration = data[:4], data[4:8], data[8:]
+    model, run = real_model(), context(real_baseline, calibration=calibration, selection=selection)
+    step("quantize.rtn")(encoding="int4", embeddings=None).apply(model, Context(seed=0))
+    ruler = Ruler("test", Network(real_baseline.module, False), held_out)
+    before = ruler.divergence(Network(model.module, False))
+    Scales(tokens=4096, batch=2, checks=1, selection_tokens=1024).apply(model, run)
+    after = ruler.divergence(Network(model.module, False))
+    assert after < 0.9 * before, (before, after, run.notes)
