@@ -70,6 +70,15 @@ def manifest(folder: Path) -> dict[str, Any]:
     return loaded
 
 
+def encodings(folder: Path) -> dict[str, str]:
+    """The encoding of every module whose weight is stored in one, as text."""
+    found = manifest(folder)["encodings"]
+    return {
+        name.removesuffix(".weight"): str(Encoding(spec["name"], spec["group_size"], spec["symmetric"]))
+        for name, spec in found.items()
+    }
+
+
 def digest(folder: Path) -> str:
     """The artifact's digest: sha256 of its manifest, which holds the digest of every other file."""
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()

@@ -128,6 +128,7 @@ class Step(Plugin, ABC):
     recovers: ClassVar[bool] = False  # can win back quality that an earlier step lost
     packs: ClassVar[bool] = False  # stores weights in an encoding: nothing may train them afterwards
     masks: ClassVar[bool] = False  # leaves masks that later steps must keep
+    refines: ClassVar[bool] = False  # changes what an earlier step has stored in codes, and can do nothing without
     reshapes: ClassVar[bool] = False  # leaves smaller tensors: no mask or code may stand for the old ones
     uses_calibration: ClassVar[bool] = False
     uses_selection: ClassVar[bool] = False
@@ -138,6 +139,10 @@ class Step(Plugin, ABC):
     def encodings(self, facts: Facts) -> Mapping[str, Encoding]:
         """Encoding per tensor name that this step will store, as far as shapes tell; empty if it packs none."""
         return {}
+
+    def possible(self, facts: Facts) -> Mapping[str, Sequence[Encoding]]:
+        """Every encoding that a tensor may end in, where weights decide; by default what `encodings` says."""
+        return {name: [encoding] for name, encoding in self.encodings(facts).items()}
 
     def facts_after(self, facts: Facts) -> Facts:
         """What will be known of the model once this step has changed its shapes."""

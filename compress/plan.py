@@ -85,6 +85,7 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
         _check_margins(recipe, i, entry)
     _check_measurements(recipe, facts)
     _check_rounded_once(recipe, shapes)
+    _check_refined(recipe, shapes)
     _check_exports(recipe, shapes)
     return [*_loosened(recipe), *_ungated(recipe)]
 
@@ -179,8 +180,9 @@ def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step:
     """The step's own judgement, and group sizes that must divide the input channels."""
     try:
         step.check(facts)
-        for name, encoding in step.encodings(facts).items():
-            encoding.groups(facts.matrices[name][1])
+        for name, encodings in step.possible(facts).items():
+            for encoding in encodings:
+                encoding.groups(facts.matrices[name][1])
     except RecipeError as error:
         raise _refusal(recipe, path, str(error)) from None
 
@@ -226,6 +228,20 @@ def _check_rounded_once(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> No
                 raise _refusal(recipe, path, f"{twice[0]} and {len(twice) - 1} more are {first}; {remedy}")
         for step in entry.attempts:
             coded |= {name: i for name, e in _encodings(step, shapes[i]).items() if e.is_coded}
+
+
+def _check_refined(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
+    """What refines codes needs some, whichever attempts are accepted before it."""
+
+    def stores(entry: StepEntry, facts: Sequence[Facts]) -> bool:
+        return all(any(e.is_coded for e in _encodings(step, facts).values()) for step in entry.attempts)
+
+    for i, entry in enumerate(recipe.steps):
+        stored = any(stores(*pair) for pair in zip(recipe.steps[:i], shapes))
+        for path, step in _attempts(entry, i):
+            if step.refines and not stored:
+                message = "refines weights stored in codes, and no earlier step stores some in every attempt"
+                raise _refusal(recipe, path, f"{message}; quantize before it")
 
 
 def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
@@ -274,9 +290,12 @@ def _possible(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> dict[str, di
     for i, entry in enumerate(recipe.steps):
         after: dict[str, dict[Encoding, str]] = {name: {} for name in found}
         for path, step in _attempts(entry, i):
-            stored = _encodings(step, shapes[i])
+            stored: dict[str, dict[Encoding, str]] = {}
+            for facts in shapes[i]:
+                for name, encodings in step.possible(facts).items():
+                    stored.setdefault(name, {}).update(dict.fromkeys(encodings, _title(path)))
             for name, before in found.items():
-                after[name].update({stored[name]: _title(path)} if name in stored else before)
+                after[name].update(stored.get(name, before))
         found = after
     return {name: found[name] for facts in shapes[-1] for name in facts.matrices}
 

@@ -76,6 +76,7 @@ class StepRecord(_Record):
     notes: list[str]
     attempts: list[Attempt]
     layer_errors: dict[str, Figure] = Field(default_factory=dict)  # linear → ‖y − y'‖² / ‖y‖², where accepted
+    encodings: dict[str, str] = Field(default_factory=dict)  # linear or embedding → encoding, where accepted
 
 
 class FileRecord(_Record):

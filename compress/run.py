@@ -142,6 +142,7 @@ class _Work:
             gate_off=list(entry.gate_off),
             attempts=attempts,
             layer_errors=self.bench.layer_errors(folder) if accepted else {},
+            encodings=artifact.encodings(folder) if accepted else {},
             **attempts[-1].model_dump(exclude={"verdict", "checks"}),
         )
         self.record.steps.append(record)

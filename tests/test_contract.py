@@ -24,6 +24,8 @@ FIELDS = {
     "quantize.awq": {"group_size": 16},
     "quantize.ggml": {"type": "q4_1"},
     "quantize.hqq": {"group_size": 16},
+    "quantize.mixed": {"group_size": 16, "target_bits": 5.5, "sensitivity_tokens": 64},
+    "quantize.scales": {"tokens": 512, "selection_tokens": 64, "batch": 1, "checks": 1},
     "accuracy": {"max_drop": 3.0},
     "perplexity": {"max_increase": "5%"},
     "divergence": {"max_mean": 0.1},
@@ -63,6 +65,8 @@ def test_a_step_repeats_itself_and_what_it_makes_survives_saving(name, tmp_path)
     for i in range(2):
         model = tiny_model()
         context = Context(seed=0, calibration=windows(8, 0), selection=windows(4, 1), teacher=tiny_model)
+        if plugin.step(name).refines:
+            plugin.step("quantize.rtn")(encoding="int3", group_size=16).apply(model, context)
         before = model.digest
         make("step", name).apply(model, context)
         model.touch()

@@ -173,6 +173,35 @@ def test_an_exporter_must_carry_the_final_encoding_of_every_attempt(attempt: str
     assert plan.check(recipe(f"  - {good}\n", export="export:\n  - onnx: {}\n"), SMOL) == []
 
 
+def test_an_exporter_must_carry_every_choice_of_mixed_precision() -> None:
+    export = "export:\n  - gguf: {}\n"
+    message = refusal(recipe("  - quantize.mixed: {}\n", export=export))
+    assert message.startswith("recipe.yaml:11:5  export[0] gguf: model.layers.0.self_attn.q_proj.weight: GGUF has no")
+    assert "int3" in message and message.endswith("(stored by steps[0] quantize.mixed)")
+    steps = "  - quantize.mixed: {choices: [int4, int5, int8], target_bits: 5}\n"
+    r = recipe(steps, export=export)
+    assert plan.check(r, SMOL) == []
+    size = plan._size(SMOL, r.steps[0].step.encodings(SMOL))
+    linears = sum(n * m for n, m in SMOL.linears.values())
+    apart = 49152 * 576 * 8.5 + 61 * 576 * 32  # embeddings in int8, norms in float32
+    assert 4.99 < (8 * size["size_bytes"] - apart) / linears <= 5
+    few = "  - quantize.mixed: {target_bits: 3}\n"
+    assert "steps[0] quantize.mixed: target_bits=3.0: all linears take 3.500 bits" in refusal(recipe(few))
+
+
+def test_scales_are_refined_only_where_codes_are_stored() -> None:
+    scales = "  - quantize.scales: {tokens: 1024}\n"
+    assert plan.check(recipe(f"  - quantize.gptq: {{}}\n{scales}", export="export: [gguf: {}, onnx: {}]\n"), SMOL) == []
+    message = refusal(recipe(scales))
+    assert message.startswith("recipe.yaml:9:5  steps[0] quantize.scales: refines weights stored in codes, and no ")
+    either = "  - quantize.rtn: {}\n    otherwise:\n      - quantize.cast: {}\n"
+    assert "steps[1] quantize.scales: refines" in refusal(recipe(either + scales))
+    late = f"  - quantize.rtn: {{}}\n{scales}  - distill.logits: {{}}\n"
+    assert "steps[2] distill.logits: trains after steps[0] quantize.rtn" in refusal(recipe(late))
+    loose = "  - quantize.rtn: {}\n    gate: [{perplexity: {max_increase: 20%}}]\n"  # a wound that scales may heal
+    assert plan.check(recipe(loose + scales), SMOL) == []
+
+
 def test_an_exporter_judges_the_architecture() -> None:
     odd = Facts.from_config(CONFIG | {"head_dim": 40})
     message = refusal(recipe("  - quantize.cast: {}\n", export="export:\n  - onnx: {}\n"), odd)

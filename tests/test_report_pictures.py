@@ -183,3 +183,25 @@ def test_differing_parts_are_between_what_is_shared(one: str, other: str, middle
     assert ("".join(first), "".join(second)) == (one, other)
     assert (first[1], second[1]) == middles
     assert first[0] == second[0] and first[2] == second[2]
+
+
+def test_the_map_of_encodings_shows_every_linear_and_is_left_out_where_all_are_alike() -> None:
+    run = passed_run()
+    assert 'id="encodings"' not in render_html(run)
+    names = list(run["steps"][2]["layer_errors"])
+    stored = {name: ("int8 g32", "int3 g32", "int4 g32")[i % 3] for i, name in enumerate(names)}
+    run["steps"][2]["encodings"] = stored | {"model.embed_tokens": "int8 g32"}
+    found = section(render_html(run), "encodings")
+    shown = cells(found)
+    strength = {"int3 g32": 0.15, "int4 g32": 0.57, "int8 g32": 1.0}
+    assert len(shown) == 36 and {float(level) for _, level in shown} == set(strength.values())
+    for name, kind in stored.items():
+        _, _, layer, _, part = name.split(".")
+        (words,) = [w for w, _ in shown if w.startswith(f"layer {layer},") and w.split(": ")[0].endswith(part)]
+        assert words.endswith(kind) and dict(shown)[words] == strength[kind]
+    assert re.findall(r"(int\d g32): (\d+) linears", found) == [(kind, "12") for kind in strength]
+    assert "after step 3b quantize.gptq" in found
+    run["steps"][2]["encodings"] = dict.fromkeys(names, "int4 g32") | {"model.embed_tokens": "int8 g32"}
+    assert 'id="encodings"' not in render_html(run)
+    run["steps"][2]["encodings"] = {"model.layers.0.a": HOSTILE, "model.layers.1.a": 7, "x": None}
+    assert HOSTILE not in section(render_html(run), "encodings")

@@ -66,6 +66,7 @@ def test_a_run_rejects_accepts_exports_and_is_re_used(place, store, tmp_path):
     assert [a.verdict for a in step.attempts] == ["FAIL", "PASS"]
     assert step.params["encoding"] == "int8" and step.gate.verdict == "PASS"
     assert len(step.layer_errors) == 14 and all(0 < e < 0.01 for e in step.layer_errors.values())
+    assert len(step.encodings) == 16 and set(step.encodings.values()) == {"int8 g32"}
     (export,) = record.exports
     assert export.weights_exact and {c.metric for c in export.gate.checks} == {"perplexity", "divergence", "decode"}
     for file in export.files:

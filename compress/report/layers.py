@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from compress.report import figures, parts
 from compress.report.charts import percent
@@ -15,6 +16,7 @@ from compress.report.view import Report, Stage
 
 CELL, STRIP = 22, 14  # pixels
 _NAME = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
+T = TypeVar("T")
 Errors = Mapping[tuple[int, str], float | None]
 
 
@@ -48,15 +50,15 @@ class Scale:
         return [10.0**e for e in exponents]
 
 
-def by_place(stage: Stage) -> dict[tuple[int, str], float | None]:
-    """Errors by layer and name within the layer; what carries no layer's number is left out."""
-    found = ((_NAME.fullmatch(name), error) for name, error in stage.layer_errors.items())
-    return {(int(match[1]), match[2]): error for match, error in found if match and int(match[1]) < 10_000}
+def by_place(values: Mapping[str, T]) -> dict[tuple[int, str], T]:
+    """Values by layer and name within the layer; what carries no layer's number is left out."""
+    found = ((_NAME.fullmatch(name), value) for name, value in values.items())
+    return {(int(match[1]), match[2]): value for match, value in found if match and int(match[1]) < 10_000}
 
 
 def measured(report: Report) -> list[tuple[Stage, Errors]]:
     """The accepted steps whose layers were compared."""
-    return [(stage, errors) for stage in report.attempts if (errors := by_place(stage))]
+    return [(stage, errors) for stage in report.attempts if (errors := by_place(stage.layer_errors))]
 
 
 def summary(errors: Errors) -> tuple[float | None, float | None, str]:
@@ -97,8 +99,8 @@ def _map(errors: Errors, scale: Scale) -> Markup:
         _, largest, where = summary({(layer, name): e for layer, e in row.items()})
         words = f"{name}: largest {figures.share(largest)} in {where.removesuffix(name).strip()}"
         svg = _cells(columns, row, scale, CELL, f"{words}, of {len(row)} layers", name)
-        rows.append(_line(short[name], svg, figures.share(largest)))
-    head = _line("Layer", _layer_axis(columns), "largest")
+        rows.append(line(short[name], svg, figures.share(largest)))
+    head = line("Layer", layer_axis(columns), "largest")
     return element("div", head, rows, class_="heat")
 
 
@@ -110,7 +112,7 @@ def _strips(steps: list[tuple[Stage, Errors]], scale: Scale) -> Markup:
         median, largest, where = summary(errors)
         text = f"median {figures.share(median)}, largest {figures.share(largest)} in {where}"
         svg = _cells(columns, worst, scale, STRIP, f"step {stage.title}: {text}", "worst linear")
-        rows.append(_line(stage.title, svg, text))
+        rows.append(line(stage.title, svg, text))
     return element("div", rows, class_="heat strips")
 
 
@@ -119,14 +121,15 @@ def _largest(errors: Iterable[float | None]) -> float | None:
     return None if None in found else max(e for e in found if e is not None)
 
 
-def _line(label: str, drawing: Markup, text: str) -> Markup:
+def line(label: str, drawing: Markup, text: str) -> Markup:
+    """A row of a map: its name, its drawing and a few words."""
     return element("div", element("span", label), drawing, element("small", text))
 
 
 def _cells(
     columns: list[int], errors: Mapping[int, float | None], scale: Scale, height: int, label: str, name: str
 ) -> Markup:
-    width = _width(columns)
+    width = cell_width(columns)
     cells = []
     for i, layer in enumerate(columns):
         if layer not in errors:
@@ -137,7 +140,7 @@ def _cells(
     return element("svg", cells, width="100%", height=height, role="img", aria_label=label)
 
 
-def _width(columns: list[int]) -> float:
+def cell_width(columns: list[int]) -> float:
     """Percent of a cell; a model of few layers does not fill the page."""
     return 100 / max(len(columns), 12)
 
@@ -152,9 +155,10 @@ def _words(error: float | None) -> str:
     return "not finite" if error is None else figures.share(error)
 
 
-def _layer_axis(columns: list[int]) -> Markup:
+def layer_axis(columns: list[int]) -> Markup:
+    """Numbers of layers above the columns, not more than fit."""
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 10_000) if len(columns) <= 10 * s)
-    width = _width(columns)
+    width = cell_width(columns)
     labels = [
         element("text", f"{layer}", x=percent((i + 0.5) * width), y=11, text_anchor="middle")
         for i, layer in enumerate(columns)

@@ -7,7 +7,7 @@ import hashlib
 from importlib.resources import files
 from typing import Any
 
-from compress.report import chain, evidence, layers, opening, prose, samples, tables
+from compress.report import chain, encodings, evidence, layers, opening, prose, samples, tables
 from compress.report.markup import Markup, element
 from compress.report.view import read
 
@@ -23,6 +23,7 @@ def render_html(run: dict[str, Any]) -> str:
         evidence.evidence(report),
         samples.samples(report),
         layers.layers(report),
+        encodings.encodings(report),
         tables.artifacts(report),
         tables.work(report),
         tables.baseline(report),

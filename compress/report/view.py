@@ -102,6 +102,7 @@ class Stage:
     notes: tuple[str, ...] = ()
     gate_off: tuple[str, ...] = ()
     layer_errors: Mapping[str, float | None] = field(default_factory=dict)
+    encodings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -360,6 +361,7 @@ def _attempts(index: int, step: Mapping[str, Any]) -> Iterator[Stage]:
             notes=_words(record.get("notes")) or (_words(step.get("notes")) if last else ()),
             gate_off=_words(step.get("gate_off")) if last else (),
             layer_errors=_layer_errors(step) if accepted else {},
+            encodings={clean(k): clean(v) for k, v in mapping(step.get("encodings")).items()} if accepted else {},
         )
 
 

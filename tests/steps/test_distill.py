@@ -14,7 +14,8 @@ from compress.model import Model
 from compress.numerics.masks import keep_highest
 from compress.plugin import step
 from compress.steps.distill._network import Network, trained_tensors
-from compress.steps.distill.logits import Logits, _Ruler, plan_batches
+from compress.steps.distill._training import Ruler, plan_batches
+from compress.steps.distill.logits import Logits
 from tests.tiny import tiny_model
 
 FAST = {"tokens": 2048, "batch": 4, "checks": 2, "learning_rate": 1e-2, "lora_rank": 4}
@@ -48,7 +49,9 @@ def wounded(sparsity: float = 0.3) -> Model:
 
 
 def divergence(model: Model, teacher: Model, data: list[torch.Tensor]) -> float:
-    return _Ruler(Network(teacher.module, learns=False), data).divergence(Network(model.module, learns=False))
+    return Ruler("distill.logits", Network(teacher.module, learns=False), data).divergence(
+        Network(model.module, learns=False)
+    )
 
 
 @pytest.mark.parametrize("train", TRAINED)
@@ -181,7 +184,7 @@ def test_lora_without_peft_names_the_install_command(monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_token_budget_is_exact(tokens, batch):
     data = windows(3, 0)
-    steps = plan_batches(data, tokens, batch, seed=0)
+    steps = plan_batches("distill.logits", data, tokens, batch, seed=0)
     read = sum(len(window) for windows_ in steps for window in windows_)
     assert read == tokens - (tokens % 32 == 1)  # a single token predicts nothing
     assert all(len(windows_) == batch for windows_ in steps[:-1])

@@ -1,0 +1,120 @@
+"""Scale distillation: codes stay as they are, and their scales and the norms learn from the baseline.
+
+What mlx-lm calls distilled weight quantization, on the field's usual loss (Hinton et al. 2015, arXiv:1503.02531).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from compress.encodings import EncodedTensor
+from compress.errors import RecipeError
+from compress.interfaces import Context
+from compress.steps.distill._fields import Distillation
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compress.model import Model
+    from compress.steps.distill._network import Network
+
+
+class Scales(Distillation):
+    """Train the scales of coded linears, and the norms, on T² KL(baseline_T ‖ model_T); every code stays.
+
+    A float16 scale s is learned as exp(θ) s from θ = 0, so that one learning rate fits scales of all sizes and none
+    changes its sign; the model that learns, is measured and is kept decodes that product rounded to float16, as it
+    will be stored. The gains of the residual stream learn at the learning rate times their root mean square.
+    Integer zero points, a step of which is a whole code, and mxfp4's scales, which are powers of two, stay as they
+    are, and so do embeddings. The rest is as in distill.logits; besides, training ends after `patience` checks in a
+    row without a new best.
+    """
+
+    name: ClassVar[str] = "quantize.scales"
+    packs: ClassVar[bool] = True
+    refines: ClassVar[bool] = True
+
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    patience: int = Field(2, ge=1)
+
+    def apply(self, model: Model, context: Context) -> None:
+        """Train in place; on any error scales and norms are as they were."""
+        from compress.steps.distill._network import Network, training
+        from compress.steps.distill._training import Learner, learn
+
+        coded = learnable(model)
+        if not coded:
+            raise RecipeError(f"{self.name}: no linear holds codes with float16 scales; quantize before it")
+        teacher = Network(self.teacher(model, context).module, learns=False)
+        with training(model, "norms", rank=0, seed=context.seed) as gains:
+            rates = {n: self.learning_rate * float(g.detach().square().mean().sqrt()) for n, g in gains.items()}
+            student = Network(model.module, learns=True)
+            with scaled(model, student, coded) as (thetas, settle):
+                rates |= dict.fromkeys(thetas, self.learning_rate)
+                learner = Learner(student, {**gains, **thetas}, rates, masks={}, settle=settle)
+                outcome = learn(self, learner, teacher, context, alpha=1.0, patience=self.patience)
+            learned = {name: rescaled(coded[name], theta) for name, theta in thetas.items()}
+            for name, tensor in learned.items():
+                model.store(name, tensor)
+        left = len(model.facts.linears) - len(coded)
+        rest = f"; {left} linears have no scales to learn" if left else ""
+        context.notes.append(f"{self.name}: {outcome} ({self.tokens} tokens){rest}")
+
+
+def learnable(model: Model) -> dict[str, EncodedTensor]:
+    """The linears' tensors that hold codes with float16 scales, by name."""
+    import torch
+
+    found = {f"{name}.weight": model.encoded.get(f"{name}.weight") for name in model.facts.linears}
+    return {n: e for n, e in found.items() if e is not None and e.scales is not None and e.scales.dtype == torch.half}
+
+
+def rescaled(tensor: EncodedTensor, theta: Tensor) -> EncodedTensor:
+    """The same codes and zero points under scales exp(θ) s, rounded to float16; theta: (n, groups) float32."""
+    assert tensor.scales is not None
+    scales = (tensor.scales.float() * theta.detach().exp()).half()
+    return EncodedTensor(tensor.encoding, tensor.codes, scales, tensor.zero_points)
+
+
+@contextmanager
+def scaled(
+    model: Model, student: Network, coded: Mapping[str, EncodedTensor]
+) -> Iterator[tuple[dict[str, nn.Parameter], Callable[[], None]]]:
+    """A θ of zeros per coded tensor that the student's linears answer to, and what decodes all of them anew."""
+    import torch
+
+    inside = {parameter: name for name, parameter in student.body.named_parameters()}
+    weights = {name: student.frozen[inside[model.parameter(name)]] for name in coded}
+    thetas: dict[str, nn.Parameter] = {}
+    layers = []
+    for name, tensor in coded.items():
+        assert tensor.scales is not None
+        thetas[name] = torch.nn.Parameter(torch.zeros(tensor.scales.shape))
+        layers.append(model.module.get_submodule(name.removesuffix(".weight")))
+        layers[-1].forward = _forward(layers[-1], thetas[name])
+
+    def settle() -> None:
+        for name, theta in thetas.items():
+            weights[name].copy_(rescaled(coded[name], theta).decode())
+
+    try:
+        yield thetas, settle
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
+
+
+def _forward(layer: Any, theta: Tensor) -> Callable[[Tensor], Tensor]:
+    """W x + b, with a gradient for θ behind W instead of one for W."""
+    from compress.numerics.scaled_linear import ScaledLinear
+
+    def forward(x: Tensor) -> Tensor:
+        product: Tensor = ScaledLinear.apply(x, layer.weight, theta)  # type: ignore[no-untyped-call]
+        return product if layer.bias is None else product + layer.bias.to(product.dtype)
+
+    return forward
