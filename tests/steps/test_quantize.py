@@ -125,6 +125,41 @@ def test_act_order_keeps_masks_and_loses_less_than_rounding(encoding):
     assert ordered < 0.7 * loss(W, round_to_nearest("w", W, encoding, search=True), H)
 
 
+@pytest.mark.parametrize(
+    "encoding",
+    [INT4, Encoding("int4", 16, symmetric=False), Encoding("int2", 8), Encoding("nf4", 16), Encoding("mxfp4", 32),
+     Encoding("int4")],
+)  # fmt: skip
+@pytest.mark.parametrize("act_order", [False, True])
+def test_refinement_loses_less_and_less(encoding, act_order):
+    W, H = problem(9, n=30, m=96, tokens=400)
+    found = [
+        solve(W, Moments(H), encoding, 0.01, search=True, act_order=act_order, refinement=passes)
+        for passes in (0, 1, 3)
+    ]
+    lost = [loss(W, encoded, H) for encoded in found]
+    assert lost[1] < 0.97 * lost[0] and lost[2] <= lost[1] * 1.001, lost  # the solved H is damped
+    assert all(encoded.scales.dtype == found[0].scales.dtype for encoded in found)
+    decoded = found[1].decode()
+    low, high = encoding.code_range
+    assert found[1].codes.min() >= low and found[1].codes.max() <= high and torch.isfinite(decoded).all()
+
+
+def test_refinement_keeps_masks_and_makes_up_for_drift():
+    W, X0, X = drifted(0)
+    H, drift = X.float().T @ X.float(), (X0.float() - X.float()).T @ X.float()
+    mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) > 0.4
+    for symmetric in (True, False):
+        found = solve(W * mask, Moments(H), Encoding("int4", 16, symmetric), 0.01, True, mask, refinement=2).decode()
+        assert not found[~mask].any() and found[mask].any()
+
+    def output_error(refinement: int) -> float:
+        Q = solve(W, Moments(H, drift), INT4, 0.01, search=True, refinement=refinement).decode()
+        return float((X0.float() @ W.T - X.float() @ Q.T).norm())
+
+    assert output_error(2) < output_error(0)
+
+
 def drifted(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights, inputs as they were, and inputs that earlier rounding shrank and disturbed: (tokens, m) bfloat16."""
     generator = torch.Generator().manual_seed(seed)
@@ -199,6 +234,7 @@ def test_options_of_gptq_change_what_they_name_and_zero_propagation_nothing():
     assert torch.equal(plain, codes(error_propagation=0.0))
     assert not torch.equal(plain, codes(error_propagation=0.5))
     assert not torch.equal(plain, codes(act_order=True))
+    assert not torch.equal(plain, codes(refinement=1))
     for refused in ({"error_propagation": 1.5}, {"error_propagation": float("nan")}):
         with pytest.raises(ValidationError):
             step("quantize.gptq")(**refused)

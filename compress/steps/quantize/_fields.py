@@ -108,6 +108,19 @@ def fit_grid(W: Tensor, encoding: Encoding, importance: Tensor | None, search: b
     return affine.fit(W, *encoding.code_range, encoding.symmetric, importance, search)
 
 
+def grid_of(encoded: EncodedTensor, group: int) -> Grid | CodebookGrid:
+    """The grid of one group of every row of an encoded matrix."""
+    from compress.numerics.affine import Grid
+    from compress.numerics.codebook import CodebookGrid
+
+    assert encoded.scales is not None
+    columns = slice(group, group + 1)
+    if encoded.encoding.is_codebook:
+        return CodebookGrid(encoded.encoding.name, encoded.scales[:, columns])
+    zero_points = None if encoded.zero_points is None else encoded.zero_points[:, columns]
+    return Grid(*encoded.encoding.code_range, encoded.scales[:, columns], zero_points)
+
+
 def round_to_nearest(
     name: str, W: Tensor, encoding: Encoding, search: bool, importance: Tensor | None = None
 ) -> EncodedTensor:

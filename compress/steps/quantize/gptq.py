@@ -16,6 +16,7 @@ from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError
 from compress.interfaces import Context
 from compress.steps.quantize._fields import WeightQuantization, fit_grid, refuse_encoded, round_to_nearest
+from compress.steps.quantize._refinement import refine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,9 @@ class Gptq(WeightQuantization):
     the Hessian's diagonal under "mse". act_order: round the channels of largest second moment first, which fits all
     scales beforehand (static groups). error_propagation: the share of what earlier rounding did to the inputs that
     each linear makes up for (QEP, Arai & Ichikawa 2025, arXiv:2504.09629, where ½ is the default); above 0 a second
-    pass carries the inputs of the unquantized model along.
+    pass carries the inputs of the unquantized model along. refinement: how often, afterwards, the scales of a row are
+    solved for together and each column then takes its best codes given all others, as in coordinate descent (Behdin
+    et al. 2023, arXiv:2309.01885), with the scales solved for once more at the end.
     """
 
     name: ClassVar[str] = "quantize.gptq"
@@ -47,6 +50,7 @@ class Gptq(WeightQuantization):
     range: Literal["minmax", "mse"] = "mse"
     act_order: bool = False
     error_propagation: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    refinement: int = Field(0, ge=0)
 
     def apply(self, model: Model, context: Context) -> None:
         """Quantize every selected linear of each block, then the embeddings by rounding."""
@@ -104,7 +108,9 @@ class Gptq(WeightQuantization):
                 mask = torch.cat(kept)
             try:
                 W = torch.cat(weights)
-                solved = solve(W, moments, encoding, self.dampening, self.range == "mse", mask, self.act_order)
+                solved = solve(
+                    W, moments, encoding, self.dampening, self.range == "mse", mask, self.act_order, self.refinement
+                )
             except NumericalError as error:
                 raise NumericalError(f"{tensors[0]}: {error}") from None
             if dead := int((moments.H.diagonal() == 0).sum()):
@@ -132,8 +138,9 @@ def solve(
     search: bool,
     mask: Tensor | None = None,
     act_order: bool = False,
+    refinement: int = 0,
 ) -> EncodedTensor:
-    """Codes of W (n, m) that keep W·X; Algorithm 1 with groups.
+    """Codes of W (n, m) that keep W·X; Algorithm 1 with groups, then `refinement` passes over the whole row.
 
     mask: (n, m) bool, True = kept: a pruned weight takes the code of zero and its error is carried on.
     Group scales are fitted when the group's first column is reached, on the weights as updated by then; under
@@ -148,6 +155,7 @@ def solve(
     size = m // encoding.groups(m)
     dead = moments.H.diagonal() == 0
     H = moments.H + torch.diag(dead.float())
+    back = torch.arange(m)
     order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(m)
     U = damped_inverse_cholesky(H[order][:, order], dampening)
     W = W.masked_fill(dead, 0.0)[:, order]  # a channel that never fires contributes nothing (as in the paper's code)
@@ -172,7 +180,11 @@ def solve(
         return grid.decode(code).view(n)
 
     sweep(W, U, runs(m, COLUMNS_AT_ONCE) if act_order else list(_batches(m, size)), visit)
-    return EncodedTensor(encoding, codes.T.contiguous(), *grids.joined())
+    found = EncodedTensor(encoding, codes.T.contiguous(), *grids.joined())
+    if refinement:
+        H.diagonal().add_(dampening * float(moments.H.diagonal().mean()))
+        found = refine(W[:, back], H, found, mask, refinement)
+    return found
 
 
 class _Grids:
