@@ -42,7 +42,7 @@ class Gptq(WeightQuantization):
     """
 
     name: ClassVar[str] = "quantize.gptq"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     uses_calibration: ClassVar[bool] = True
     codebooks: ClassVar[bool] = True
 
