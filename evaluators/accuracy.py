@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -170,9 +170,11 @@ class Accuracy(Evaluator):
         loaded = [self._loaded(task) for task in self.tasks if task not in TASKS]
         return {name: part for found in loaded for name, part in found.parts.items()}
 
-    def _chance(self, source: str, group: str) -> float:
-        harness = source.startswith(_lm_eval.PREFIX)
-        return self._parts()[group].chance if harness else TASKS[source.split(":")[0]].chance
+    def _chances(self, source: str, groups: Iterable[str]) -> dict[str, float]:
+        if source.startswith(_lm_eval.PREFIX):
+            parts = self._parts()
+            return {group: parts[group].chance for group in groups}
+        return dict.fromkeys(groups, TASKS[source.split(":")[0]].chance)
 
     def comparable(
         self, data: Documents, reference: Callable[[Documents], list[Score]]
@@ -188,7 +190,7 @@ class Accuracy(Evaluator):
         right: dict[str, list[bool]] = {group: [] for group in groups}
         for score in reference(replace(data, documents=[(name, _choices.first(text)) for name, text in asked])):
             right[_choices.group_of(score.id)].append(score.total == 0)
-        bars = {group: self._chance(data.source, group) + 3 * self.margin for group in groups}
+        bars = {group: c + 3 * self.margin for group, c in self._chances(data.source, groups).items()}
         counting = {g for g, answers in right.items() if _refutes(sum(answers), len(answers), bars[g])}
         rates = {group: sum(answers) / len(answers) for group, answers in sorted(right.items())}
         if not counting:

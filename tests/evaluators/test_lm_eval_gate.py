@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -376,6 +377,20 @@ def test_eval_takes_the_file_of_a_task(baseline, folder):
     found = measure(check, perturbed(baseline, 1.0), replace(data, documents=data.documents[:60]), reference=baseline)
     assert (found.source, found.examples) == ("lm_eval:mine by acc", 60)
     assert found.against["loss"] == pytest.approx(1 - found.value) and found.value < 1
+
+
+def test_the_task_of_the_docs_works(baseline, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "lm_eval.md").read_text(encoding="utf-8")
+    (listing,) = re.findall(r"^```yaml\n(# tasks/lambada.yaml\n.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "lambada.yaml").write_text(listing)
+    (tmp_path / "lambada_test.jsonl").write_text('{"text": "The last word\\nis here"}\n{"text": "and there"}\n')
+    monkeypatch.chdir(tmp_path)
+    check = Accuracy(tasks=["lm_eval:lambada"], task_path="tasks", max_drop=3.0)
+    (data,) = check.sources([])
+    asked = sorted(json.loads(text)[0][4] for _, text in data.documents)
+    assert asked == [[["The last word\nis", [" here"]]], [["and", [" there"]]]]
+    assert len(check.score(baseline, check.examples(data, check.encoder(baseline)))) == 2
 
 
 def test_importing_and_validating_a_check_needs_no_library_of_models():
