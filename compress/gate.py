@@ -18,7 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from compress.decisions import DECISIONS, PLANNED, Decision, Rule, Verdict, by_cluster, combine, compare
 from compress.errors import GateInconclusive, RecipeError
-from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Sample, Score
+from compress.interfaces import P_VALUE, Documents, Evaluator, Example, LanguageModel, Progress, Sample, Score
+from compress.numerics.paired import holm
 from compress.scoring import Memo, ScoreCache, batches, cached_scores
 
 Figure = Annotated[
@@ -131,7 +132,7 @@ class Gate:
         for check in self.checks:
             own = [trial.result() for trial in trials if trial.check is check]
             results += own or [_exact(check, sizes) if check.statistic == "exact" else _without_source(check)]
-        return GateResult(verdict=combine([result.verdict for result in results]), checks=results)
+        return GateResult(verdict=combine([result.verdict for result in results]), checks=_corrected(results))
 
 
 class Trial:
@@ -310,6 +311,19 @@ def _run(trials: Sequence[Trial], cache: ScoreCache | None, progress: Progress) 
 def _share(progress: Progress, i: int, count: int) -> Progress:
     """Progress of the i-th of `count` parts of equal size."""
     return lambda label, fraction: progress(label, (i + fraction) / count)
+
+
+def _corrected(results: Sequence[CheckResult]) -> list[CheckResult]:
+    """With p-values that answer, for all of them together, on which task anything changed."""
+    testing = [result for result in results if P_VALUE in result.details]
+    p_values = holm([result.details[P_VALUE] for result in testing])
+    if len(testing) < 2:
+        return list(results)
+    adjusted = {id(result): p for result, p in zip(testing, p_values, strict=True)}
+    return [
+        r.model_copy(update={"details": {**r.details, f"{P_VALUE}, Holm": adjusted[id(r)]}}) if id(r) in adjusted else r
+        for r in results
+    ]
 
 
 def _pick(check: Evaluator, baseline: LanguageModel, parent: LanguageModel | None) -> LanguageModel:

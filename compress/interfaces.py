@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from compress.encodings import EncodedTensor, Encoding
     from compress.model import Model
 
+P_VALUE = "p of no change (exact McNemar)"
+"""Among the details of a check: the p-value of a fixed sample, which a gate corrects for the number of its checks."""
+
 Progress = Callable[[str, float], None]
 """Called with a label and the finished fraction in [0, 1]."""
 

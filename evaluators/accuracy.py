@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from compress.errors import GateInconclusive, NetworkError, RecipeError
-from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Sample, Score
+from compress.interfaces import P_VALUE, Documents, Evaluator, Example, LanguageModel, Sample, Score
+from compress.numerics import paired
 from compress.plugin import nearest
 from evaluators import _choices, _cloze, _lm_eval, _lm_eval_tasks, _minimal_pairs
 
@@ -168,9 +170,11 @@ class Accuracy(Evaluator):
         loaded = [self._loaded(task) for task in self.tasks if task not in TASKS]
         return {name: part for found in loaded for name, part in found.parts.items()}
 
-    def _chance(self, source: str, group: str) -> float:
-        harness = source.startswith(_lm_eval.PREFIX)
-        return self._parts()[group].chance if harness else TASKS[source.split(":")[0]].chance
+    def _chances(self, source: str, groups: Iterable[str]) -> dict[str, float]:
+        if source.startswith(_lm_eval.PREFIX):
+            parts = self._parts()
+            return {group: parts[group].chance for group in groups}
+        return dict.fromkeys(groups, TASKS[source.split(":")[0]].chance)
 
     def comparable(
         self, data: Documents, reference: Callable[[Documents], list[Score]]
@@ -186,7 +190,7 @@ class Accuracy(Evaluator):
         right: dict[str, list[bool]] = {group: [] for group in groups}
         for score in reference(replace(data, documents=[(name, _choices.first(text)) for name, text in asked])):
             right[_choices.group_of(score.id)].append(score.total == 0)
-        bars = {group: self._chance(data.source, group) + 3 * self.margin for group in groups}
+        bars = {group: c + 3 * self.margin for group, c in self._chances(data.source, groups).items()}
         counting = {g for g, answers in right.items() if _refutes(sum(answers), len(answers), bars[g])}
         rates = {group: sum(answers) / len(answers) for group, answers in sorted(right.items())}
         if not counting:
@@ -250,9 +254,16 @@ class Accuracy(Evaluator):
         return 1 - super().value(scores)
 
     def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
-        """Flips both ways, and the accuracy of every group."""
+        """Flips both ways, what a fixed sample would say of them, and the accuracy of every group."""
         flips = [(old.total, new.total) for old, new in zip(reference, scores)]
         found = {"right to wrong": float(flips.count((0.0, 1.0))), "wrong to right": float(flips.count((1.0, 0.0)))}
+        alone = len({s.id.rsplit("/", 1)[0] for s in scores}) == len(scores)  # items of a cluster flip together
+        if flips and alone and all(map(math.isfinite, itertools.chain(*flips))):
+            kept = flips.count((0.0, 0.0)), flips.count((1.0, 1.0))
+            worse, better = int(found["right to wrong"]), int(found["wrong to right"])
+            low, high = paired.newcombe(kept[0], better, worse, kept[1])
+            found |= {P_VALUE: paired.mcnemar(worse, better)}
+            found |= {"change in points, from (Newcombe, 95 %)": 100 * low, "to": 100 * high}
         groups: dict[str, list[Score]] = {}
         for score in scores:
             groups.setdefault(_choices.group_of(score.id), []).append(score)

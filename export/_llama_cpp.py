@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.branching import Branches
 from compress.errors import CompressError, Corrupt, RecipeError
 from export._chat import render
 
@@ -154,6 +155,21 @@ class LlamaCpp:
         for window in windows:
             yield self._window(window, BATCH)
 
+    def branch_logits(self, items: Sequence[Branches]) -> Iterator[list[Tensor]]:
+        """See `compress.branching`: what continuations leave behind the context is dropped from the cache."""
+        import torch
+
+        for context, continuations in items:
+            self._start(len(context) + max(map(len, continuations)) - 1)
+            after = self._read(context, 0)[-1:]
+            found = []
+            for continuation in continuations:
+                memory = self._library.llama_get_memory(self._handles["context"])
+                if not self._library.llama_memory_seq_rm(memory, 0, len(context), -1):
+                    raise CompressError(f"{self.path}: llama.cpp cannot drop tokens from this model's cache")
+                found.append(torch.cat([after, self._read(continuation[:-1], len(context))]))
+            yield found
+
     def decode_logits(self, window: Sequence[int]) -> Tensor:
         """Logits of one window, fed token by token through the key-value cache."""
         return self._window(window, 1)
@@ -194,14 +210,17 @@ class LlamaCpp:
         self._finalizer()
 
     def _window(self, window: Sequence[int], batch: int) -> Tensor:
+        self._start(len(window))
+        return self._read(window, 0, batch)
+
+    def _read(self, tokens: Sequence[int], position: int, batch: int = BATCH) -> Tensor:
+        """Logits (len(tokens), vocabulary) after `position` cached tokens, `batch` tokens at a time."""
         import torch
 
-        self._start(len(window))
-        out = torch.empty(len(window), self.vocabulary_size)
-        position = 0
-        for chunk in _chunks(window, batch):
-            out[position : position + len(chunk)] = self._decode(chunk, position)
-            position += len(chunk)
+        out, done = torch.empty(len(tokens), self.vocabulary_size), 0
+        for chunk in _chunks(tokens, batch):
+            out[done : done + len(chunk)] = self._decode(chunk, position + done)
+            done += len(chunk)
         return out
 
     def _start(self, size: int) -> None:

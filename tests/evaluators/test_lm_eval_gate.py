@@ -1,7 +1,9 @@
 """Gates over tasks of lm-evaluation-harness: verdicts, planted losses, integrity, and what is refused beforehand."""
 
+import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +14,12 @@ import torch
 from pydantic import ValidationError
 
 from compress import assay, plan, plugin
+from compress.branching import branch_logits, by_windows
 from compress.errors import GateInconclusive, NetworkError, RecipeError, UnsafeInput
 from compress.gate import Gate
+from compress.interfaces import P_VALUE
 from compress.measure import _without_margin, measure
+from compress.numerics.paired import holm, mcnemar
 from evaluators import _lm_eval, _lm_eval_tasks
 from evaluators.accuracy import Accuracy, summaries
 from tests.evaluators.harness import TASKS, letter, no_network, own_cache, preferred, speaking, write_data, write_task
@@ -64,6 +69,28 @@ def test_a_near_model_passes_and_a_far_one_fails_with_flips_both_ways(baseline, 
         assert sample.prompt.startswith("Q: ") and sample.prompt.endswith("\nA:") and sample.reference != sample.model
     back = judge(check_of(folder), baseline, perturbed(baseline, 0.3))
     assert back.details["wrong to right"] > 0
+
+
+def test_figures_of_a_fixed_sample_stand_beside_the_decision(baseline, folder):
+    check = check_of(folder)
+    (data,) = check.sources([])
+    examples = check.examples(data, check.encoder(baseline))
+    new, old = (check.score(m, examples) for m in (perturbed(baseline, 4.0), perturbed(baseline, 1.0)))
+    found = check.details(new, old)
+    worse, better = found["right to wrong"], found["wrong to right"]
+    assert worse > better > 0 and found[P_VALUE] == mcnemar(int(worse), int(better)) < 0.05
+    assert found["change in points, from (Newcombe, 95 %)"] < 100 * (better - worse) / 300 < found["to"] < 0
+    alone = judge(check, perturbed(baseline, 4.0), baseline).details
+    assert P_VALUE in alone and f"{P_VALUE}, Holm" not in alone
+
+
+def test_p_values_of_several_tasks_are_corrected(baseline, folder, tmp_path):
+    write_task(tmp_path, "mine", folder / "questions.jsonl")
+    write_task(tmp_path, "again", folder / "questions.jsonl", TASKS["mine"])
+    check = Accuracy(tasks=["lm_eval:mine", "lm_eval:again"], task_path=str(tmp_path), max_drop=5.0)
+    found = Gate((check,)).evaluate(perturbed(baseline, 4.0), baseline, []).checks
+    plain, corrected = ([c.details[key] for c in found] for key in (P_VALUE, f"{P_VALUE}, Holm"))
+    assert corrected == holm(plain) and max(plain) < 1 and corrected != plain
 
 
 def test_a_task_may_name_the_field_that_clusters_its_documents(baseline, folder, tmp_path):
@@ -131,8 +158,15 @@ def test_every_runtime_gives_the_same_answers(name, tiny, folder, tmp_path):
         if first - second > 0.2:
             clear += 1
             assert new.total == old.total
+    branches = [(c, [x for _, x in pairs]) for c, pairs in _by_context(ours)]
+    for shared, alone in zip(branch_logits(runtime, branches), by_windows(runtime, branches), strict=True):
+        assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(shared, alone, strict=True))  # float16 cache
     runtime.close()
     assert clear > 10
+
+
+def _by_context(examples):
+    return itertools.groupby((r for e in examples for r in e.payload.requests), key=lambda pair: pair[0])
 
 
 # --- integrity -------------------------------------------------------------------------------------------------
@@ -343,6 +377,20 @@ def test_eval_takes_the_file_of_a_task(baseline, folder):
     found = measure(check, perturbed(baseline, 1.0), replace(data, documents=data.documents[:60]), reference=baseline)
     assert (found.source, found.examples) == ("lm_eval:mine by acc", 60)
     assert found.against["loss"] == pytest.approx(1 - found.value) and found.value < 1
+
+
+def test_the_task_of_the_docs_works(baseline, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "lm_eval.md").read_text(encoding="utf-8")
+    (listing,) = re.findall(r"^```yaml\n(# tasks/lambada.yaml\n.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "lambada.yaml").write_text(listing)
+    (tmp_path / "lambada_test.jsonl").write_text('{"text": "The last word\\nis here"}\n{"text": "and there"}\n')
+    monkeypatch.chdir(tmp_path)
+    check = Accuracy(tasks=["lm_eval:lambada"], task_path="tasks", max_drop=3.0)
+    (data,) = check.sources([])
+    asked = sorted(json.loads(text)[0][4] for _, text in data.documents)
+    assert asked == [[["The last word\nis", [" here"]]], [["and", [" there"]]]]
+    assert len(check.score(baseline, check.examples(data, check.encoder(baseline)))) == 2
 
 
 def test_importing_and_validating_a_check_needs_no_library_of_models():

@@ -1,0 +1,78 @@
+"""Exact McNemar tests, Newcombe's intervals and Holm's correction, against published figures and scipy."""
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from compress.numerics.paired import holm, mcnemar, newcombe, wilson
+
+COUNTS = st.integers(0, 60)
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "p"),
+    [(12, 2, 0.0129), (1, 7, 0.0703), (6, 16, 0.0525)],  # Armitage and Berry 1994; Fagerland et al. 2013 (two)
+)
+def test_exact_p_values_are_the_published_ones(worse, better, p):
+    assert mcnemar(worse, better) == pytest.approx(p, abs=5e-5) == mcnemar(better, worse)
+
+
+@given(COUNTS, COUNTS)
+def test_exact_p_values_are_those_of_the_sign_test(worse, better):
+    expected = stats.binomtest(worse, worse + better, 0.5).pvalue if worse + better else 1.0
+    assert mcnemar(worse, better) == pytest.approx(expected, rel=1e-9)
+
+
+def test_newcombe_is_the_published_interval():
+    # complete responses before and after therapy: R package contingencytables 3.1.0, tests/testthat, four digits
+    assert newcombe(59, 6, 16, 80) == pytest.approx((-0.1186, -0.0046), abs=5e-5)
+
+
+@given(st.integers(0, 200), st.integers(1, 200))
+def test_wilson_is_that_of_scipy(successes, more):
+    n = successes + more - 1 or 1
+    interval = stats.binomtest(min(successes, n), n).proportion_ci(method="wilson")
+    assert wilson(min(successes, n), n) == pytest.approx((interval.low, interval.high), abs=1e-9)
+
+
+@given(COUNTS, COUNTS, COUNTS, st.integers(1, 60))
+def test_newcombe_holds_the_difference_and_mirrors(both, first, second, neither):
+    low, high = newcombe(both, first, second, neither)
+    difference = (first - second) / (both + first + second + neither)
+    assert -1 <= low <= difference <= high <= 1
+    assert newcombe(both, second, first, neither) == pytest.approx((-high, -low))
+    wide = newcombe(both, first, second, neither, confidence=0.99)
+    assert wide[0] <= low and high <= wide[1]
+
+
+def test_newcombe_covers_what_it_promises():
+    rng, covered = random.Random(0), 0
+    for _ in range(1000):
+        counts = [0, 0, 0, 0]
+        for cell in rng.choices(range(4), weights=[0.6, 0.08, 0.05, 0.27], k=200):
+            counts[cell] += 1
+        low, high = newcombe(*counts)
+        covered += low <= 0.03 <= high
+    assert 930 <= covered <= 970  # three standard deviations of 1,000 draws around 95 %
+
+
+def test_nothing_to_compare_is_refused():
+    for counts in ((0, 0, 0, 0), (5, -1, 2, 3)):
+        with pytest.raises(ValueError, match="counts of pairs"):
+            newcombe(*counts)
+
+
+@given(st.lists(st.floats(0, 1), max_size=6))
+def test_holm_rejects_what_the_closed_bonferroni_tests_reject(p_values):
+    found = holm(p_values)
+    for i, adjusted in enumerate(found):
+        # closure: every set of nulls with i among them must be rejected by Bonferroni
+        sets = [
+            s for k in range(1, len(p_values) + 1) for s in itertools.combinations(range(len(p_values)), k) if i in s
+        ]
+        slow = max(min(1.0, len(s) * min(p_values[j] for j in s)) for s in sets)
+        assert adjusted == pytest.approx(slow)
