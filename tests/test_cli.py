@@ -38,7 +38,7 @@ def test_ls_lists_every_plug_in():
     found = json.loads(run("ls", "--json").stdout)
     assert "quickstart" in found["recipes"] and "quantize.gptq" in found["steps"]
     assert {"perplexity", "divergence", "footprint"} <= found["evaluators"].keys()
-    assert found["exporters"].keys() == {"gguf", "onnx"} and "int4" in found["encodings"]
+    assert found["exporters"].keys() == {"checkpoint", "gguf", "onnx"} and "int4" in found["encodings"]
 
 
 @pytest.mark.parametrize(
