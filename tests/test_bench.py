@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import compress
 from compress import bench, run
@@ -25,6 +26,7 @@ from compress.bench.process import Worker
 from compress.bench.quality import Quality
 from compress.errors import CompressError, Corrupt, RecipeError, ResourceExhausted
 from compress.interfaces import Streaming
+from compress.model import Model
 from compress.plugin import exporter
 from compress.report.markup import VOID
 from compress.store import Store
@@ -118,6 +120,18 @@ def test_artifacts_are_measured_in_turns_in_processes_that_end(gated, ungated):
     assert {q.metric for q in one.quality} == {"perplexity", "divergence"} and not two.quality
     text = table.lines(found)
     assert text[-1].endswith("is the ratio to gguf") and sum("tokens/s" in line for line in text) == 4
+
+
+def test_peak_memory_is_that_of_the_model(tmp_path):
+    like = tiny()
+    config = like.module.config.to_dict() | {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    compress.export(Model(LlamaForCausalLM(LlamaConfig(**config)), like.tokenizer), "gguf", tmp_path / "out")
+    size = (tmp_path / "out" / "model.gguf").stat().st_size
+    worker = Worker(str(tmp_path / "out"), 1)
+    worker.prepare(24)
+    peaks = [worker.measure(16, 8).peak_bytes for _ in range(2)]
+    worker.close()
+    assert size > 15e6 and all(0.9 * size < peak < size + 20e6 for peak in peaks), (size, peaks)
 
 
 def test_the_command_prints_json_and_writes_the_chart(gated, tmp_path):

@@ -98,6 +98,15 @@ def test_recipe_files_are_completed_beside_shipped_names(tmp_path, monkeypatch):
     assert [word for word, _ in completion.recipes(".h")] == [".hidden.yaml"]
 
 
+def test_artifacts_are_gguf_files_and_folders(tmp_path):
+    for name in ("model.gguf", "model.yaml", "runs/run.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert complete("bash", "compress bench m", tmp_path) == ["model.gguf"]
+    assert complete("fish", "compress bench model.gguf r", tmp_path) == ["runs/"]
+    assert complete("zsh", "compress si") == ["sign"] and complete("bash", "compress ben") == ["bench"]
+
+
 def test_completing_loads_no_model_library():
     heavy = "{'torch', 'transformers', 'onnx', 'onnxruntime', 'llama_cpp', 'numpy'}"
     code = "from compress import completion as c; print(c.recipes(''), c.formats(''), c.evaluators('')); "

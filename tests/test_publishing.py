@@ -57,3 +57,47 @@ def test_sweep_removes_the_folders_of_the_dead_only(tmp_path):
         assert (temporary / "half").exists()
         sweep(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# Imports cost seconds: one process pays for them, and forks one per case that may write files of so many bytes.
+LIMITED = """
+import os, resource, sys
+from pathlib import Path
+import compress
+from compress import artifact, console, ungated
+from compress.store import Store
+from tests.test_provenance import rounded
+model = rounded()
+list(model.logits([[1, 2]]))
+with console.errors(False):
+    ungated.write(model, ungated.configured("gguf"), Path(sys.argv[1]) / "warm")
+for i, word in enumerate(sys.argv[2:]):
+    kind, limit = word.split(":")
+    place = Path(sys.argv[1]) / str(i)
+    place.mkdir()
+    if os.fork():
+        code = os.waitstatus_to_exitcode(os.wait()[1])
+        print(word, code, sorted(p.name for p in place.rglob("*")), flush=True)
+        continue
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    try:
+        with console.errors(False):
+            if kind == "artifact":
+                artifact.save(model, place / "out")
+            else:
+                ungated.write(model, ungated.configured(kind), place / "out")
+    except BaseException as error:
+        os._exit(error.exit_code)
+    os._exit(0)
+"""
+
+
+def test_a_full_disk_leaves_no_half_written_artifact(tmp_path):
+    cases = [f"{kind}:{limit}" for kind in ("gguf", "artifact") for limit in (0, 1000, 20_000, 150_000)] + ["onnx:1000"]
+    words = [sys.executable, "-c", LIMITED, str(tmp_path), *cases, "gguf:9000000"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+    *full, last = done.stdout.splitlines()
+    assert full == [f"{case} 6 []" for case in cases], done.stderr
+    assert last.startswith("gguf:9000000 0 ['README.md', ")
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(cases) and all("the disk is full, or a limit" in line for line in lines), done.stderr

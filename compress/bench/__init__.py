@@ -24,13 +24,12 @@ CONFIDENCE = 0.95
 
 
 class Metric(BaseModel):
-    """How a figure is shown. better: whether more of it is good."""
+    """How a figure is shown."""
 
     model_config = ConfigDict(frozen=True)
 
     title: str
     unit: str
-    better: str
     definition: str
 
 
@@ -38,31 +37,23 @@ METRICS: Mapping[str, Metric] = {
     "load_ms": Metric(
         title="load",
         unit="ms",
-        better="less",
         definition="time the runtime takes to load the weights from files that are in the page cache",
     ),
     "prefill_tokens_per_second": Metric(
         title="prefill",
         unit="tokens/s",
-        better="more",
         definition="prompt tokens read in one pass, per second, up to the logits after the last one",
     ),
     "decode_tokens_per_second": Metric(
         title="decode",
         unit="tokens/s",
-        better="more",
         definition="tokens fed one by one through the key-value cache after the prompt, per second",
     ),
-    "latency_p50_ms": Metric(
-        title="p50", unit="ms", better="less", definition="median time of one decoded token within a round"
-    ),
-    "latency_p95_ms": Metric(
-        title="p95", unit="ms", better="less", definition="95th percentile of the time of one decoded token"
-    ),
+    "latency_p50_ms": Metric(title="p50", unit="ms", definition="median time of one decoded token within a round"),
+    "latency_p95_ms": Metric(title="p95", unit="ms", definition="95th percentile of the time of one decoded token"),
     "peak_memory_mb": Metric(
         title="memory",
         unit="MB",
-        better="less",
         definition="highest resident memory while the model is open, less what its process (Python and libraries) "
         "held before; mapped weights count once they are read",
     ),
