@@ -47,7 +47,8 @@ TIME_BASIS = (
 MEMORY_BASIS = (
     f"an upper estimate: libraries ({LIBRARY_BYTES / 1e6:.0f} MB), float32 weights of the model and of its "
     "reference, logits of one window of both (of one, where it is long), two Hessians of the widest input where "
-    "calibration is used, gradients and two moments of every weight where a step trains"
+    "calibration is used, gradients and two moments of every weight where a step trains, another copy of the weights "
+    "where one fits them to the residual stream"
 )
 
 
@@ -398,6 +399,8 @@ def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
         total += 2 * 4 * max(m for _, m in facts.linears.values()) ** 2
     if any(step.recovers for step in entry.attempts):
         total += 3 * weights
+    if any(getattr(step, "update", None) == "stream" for step in entry.attempts):
+        total += weights
     return total
 
 

@@ -67,6 +67,30 @@ def test_a_block_is_itself_again_even_when_its_stages_are_left_half_way():
     assert all(torch.equal(a, b) for a, b in zip(block.advance(), expected, strict=True))
 
 
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "mlp.down_proj"])
+def test_the_stream_around_a_closing_linear_is_what_transformers_adds_up(part):
+    model = tiny_model()
+    for block in walk(model, WINDOWS, windows_per_batch=2):
+        expected, left = observed(block), block.advance()
+        streams: list[torch.Tensor] = []  # what enters the block, and what enters its second norm
+        hooks = [
+            block.module.get_submodule(norm).register_forward_pre_hook(lambda _, args, to=streams: to.append(args[0]))
+            for norm in model.facts.architecture.block_norms
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(block.advance(), left, strict=True))
+        for hook in hooks:
+            hook.remove()
+        first, second = torch.cat(streams[0::2]).flatten(0, 1), torch.cat(streams[1::2]).flatten(0, 1)
+        X, before, after = (torch.cat(t) for t in zip(*block.around(f"model.layers.{block.index}.{part}", last=True)))
+        assert torch.equal(X.bfloat16(), expected[f"model.layers.{block.index}.{part}"])
+        if part == "self_attn.o_proj":
+            assert torch.equal(before, first) and torch.equal(after, second)
+        else:
+            torch.testing.assert_close(before, second, rtol=1e-5, atol=1e-5)  # a difference of float32 sums
+            assert torch.equal(after, torch.cat(left).flatten(0, 1))
+        assert all(torch.equal(a, b) for a, b in zip(block.advance(), left, strict=True))
+
+
 def test_windows_are_asked_for_and_must_have_one_length():
     with pytest.raises(RecipeError, match="needs calibration data"):
         next(walk(tiny_model(), []))

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from compress.errors import NumericalError
 from compress.numerics.counts import kept_width
-from compress.numerics.neurons import channel_scores, compensated, highest
+from compress.numerics.masks import wanda_scores
+from compress.numerics.neurons import channel_scores, compensated, highest, highest_groups, wanda_channel_scores
 
 
 def problem(seed: int, n: int = 6, m: int = 20, tokens: int = 90) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +52,43 @@ def test_the_update_solves_the_ridge_regression(seed, count, ridge):
     expected = W[:, kept].double() + torch.linalg.lstsq(A, b).solution.T
     # H is rounded to float32, which its inverse amplifies by at most 1 / ridge or its own condition
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 20))
+def test_what_the_outputs_lack_besides_is_fitted_too(seed, count):
+    W, X = problem(seed)
+    lacking = torch.randn(len(X), 6, generator=torch.Generator().manual_seed(seed + 1))
+    H, kept = X.T @ X, torch.arange(count)
+    found = compensated(W, H, kept, 0.01, lacking.T @ X).double()
+    penalty = (0.01 * float(H.diagonal().double().mean())) ** 0.5
+    missing = X.double() @ W.double().T + lacking.double() - X[:, kept].double() @ W[:, kept].double().T
+    A = torch.cat([X[:, kept].double(), penalty * torch.eye(count, dtype=torch.float64)])
+    b = torch.cat([missing, torch.zeros(count, 6, dtype=torch.float64)])
+    expected = W[:, kept].double() + torch.linalg.lstsq(A, b).solution.T
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # as above
+
+
+def test_nothing_removed_and_nothing_lacking_is_the_identity():
+    W, X = problem(3)
+    assert torch.equal(compensated(W, X.T @ X, torch.arange(20), 0.01), W)
+    assert torch.equal(compensated(W, X.T @ X, torch.arange(20), 0.01, torch.zeros(6, 20)), W)
+
+
+@pytest.mark.parametrize(
+    ("groups", "per_group", "rows", "heads"),
+    [(2, 2, [0, 2], [0, 2, 6, 8]), (3, 1, [0, 1, 2], [2, 3, 8]), (1, 3, [2], [6, 7, 8])],
+)
+def test_groups_are_chosen_whole_and_heads_within_them(groups, per_group, rows, heads):
+    scores = torch.tensor([[3.0, 1.0, 4.0], [2.0, 1.0, 1.0], [5.0, 1.0, 6.0]])
+    found = highest_groups(scores, groups, per_group)
+    assert [f.tolist() for f in found] == [rows, heads]
+
+
+def test_wanda_channel_scores_are_sums_of_its_scores():
+    W, X = problem(4)
+    plain = wanda_scores(W, X.norm(dim=0)).sum(dim=0)
+    torch.testing.assert_close(wanda_channel_scores(W, X.T @ X), plain, rtol=1e-5, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=40)

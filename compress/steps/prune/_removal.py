@@ -36,7 +36,7 @@ class Removal(Step):
     uses_calibration: ClassVar[bool] = True
 
     criterion: Criterion = "activation"
-    update: Update = "stream"
+    update: Update = "output"
     ridge: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
 
     def scores(self, W: Tensor, H: Tensor, taylor: Tensor | None, size: int = 1) -> Tensor:

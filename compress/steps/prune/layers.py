@@ -36,7 +36,7 @@ class Layers(Step):
     count: int = Field(ge=0)
     criterion: Literal["influence", "divergence"] = "influence"
     tokens: int = Field(2048, ge=2)
-    update: Literal["none", "stream"] = "stream"
+    update: Literal["none", "stream"] = "none"
     ridge: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
 
     def check(self, facts: Facts) -> None:
