@@ -47,7 +47,7 @@ class Mixed(Step):
     group_size: int | Literal["channel"] = 32
     symmetric: bool = True
     embeddings: EncodingName | None = "int8"
-    sensitivity_tokens: int = Field(8192, ge=2)
+    sensitivity_tokens: int = Field(4096, ge=2)
 
     def check(self, facts: Facts) -> None:
         """Refuse group sizes that do not divide, and a budget that allows nothing or leaves nothing to choose."""
