@@ -33,6 +33,10 @@ class Checkpoint(Exporter):
     name: ClassVar[str] = "checkpoint"
     runtime: ClassVar[str] = "transformers"
     extra: ClassVar[str] = "checkpoint"
+    usage: ClassVar[Mapping[str, str]] = {
+        "transformers": 'transformers.AutoModelForCausalLM.from_pretrained("FOLDER")',
+        "vLLM": "vllm serve FOLDER",
+    }
 
     format: Literal["compressed-tensors"] = "compressed-tensors"
 
