@@ -197,7 +197,7 @@ def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[st
             message = f"changes shapes after steps[{k}] {holding.name} has {held}; move it before steps[{k}]"
             raise _refusal(recipe, path, message)
         if pruning := next((attempt for attempt in earlier.attempts if attempt.masks), None):
-            _check_zeros(recipe, path, _encodings(step, shapes), f"steps[{k}] {pruning.name}")
+            _check_zeros(recipe, path, step, shapes, f"steps[{k}] {pruning.name}")
         packing = next((attempt for attempt in earlier.attempts if attempt.packs), None)
         if packing is None:
             continue
@@ -209,9 +209,12 @@ def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[st
             raise _refusal(recipe, path, f"prunes after {before}; move it before steps[{k}]")
 
 
-def _check_zeros(recipe: Recipe, path: tuple[str | int, ...], chosen: Mapping[str, Encoding], pruning: str) -> None:
+def _check_zeros(
+    recipe: Recipe, path: tuple[str | int, ...], step: Step, shapes: Sequence[Facts], pruning: str
+) -> None:
     """An encoding without a zero would resurrect pruned weights."""
-    for name, encoding in chosen.items():
+    chosen = ((name, e) for facts in shapes for name, some in step.possible(facts).items() for e in some)
+    for name, encoding in chosen:
         if not encoding.holds_zero:
             message = f"{name}: {encoding} holds no zero, and {pruning} has pruned weights; use int4 or mxfp4"
             raise _refusal(recipe, path, message)

@@ -108,6 +108,9 @@ def test_an_encoding_without_zero_is_refused_after_pruning() -> None:
     message = refusal(recipe(pruned + '  - quantize.rtn: {keep: {"*.o_proj": iq4_nl}}\n'))
     assert message.startswith("recipe.yaml:10:5  steps[1] quantize.rtn: model.layers.0.self_attn.o_proj.weight: iq4_nl")
     assert "holds no zero, and steps[0] prune.wanda has pruned weights; use int4 or mxfp4" in message
+    mixed = "  - quantize.mixed: {target_bits: 4.0, choices: [int3, iq4_nl], method: rtn}\n"
+    assert "iq4_nl g32 holds no zero" in refusal(recipe(pruned + mixed))
+    assert plan.check(recipe(mixed), SMOL) == []
     assert plan.check(recipe(pruned + "  - quantize.rtn: {encoding: mxfp4}\n"), SMOL) == []
     assert plan.check(recipe("  - quantize.rtn: {encoding: iq4_nl}\n"), SMOL) == []
 
