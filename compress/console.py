@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from compress.errors import CompressError, Interrupted, ResourceExhausted, exit_code, one_line
+from compress.errors import CompressError, Interrupted, ResourceExhausted, exit_code, interruption, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -58,6 +58,8 @@ def errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
+        if interruption(error):
+            _fail(one_line(error), exit_code(error))
         known = isinstance(error, CompressError | OSError) or exit_code(error) == ResourceExhausted.exit_code
         text = one_line(error) if known else f"internal error, {one_line(error)} (--debug shows where)"
         _fail(text, exit_code(error))

@@ -96,8 +96,24 @@ def _disk_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in _FULL) or disk_full(str(error))
 
 
+def interruption(error: BaseException) -> Interrupted | None:
+    """The signal behind an exception, where there is one.
+
+    C code that a signal interrupts, an import above all, may answer with an error of its own, whose cause it is.
+    """
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, Interrupted):
+            return found
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return None
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code that an exception ends the process with."""
+    error = interruption(error) or error
     if isinstance(error, CompressError | Interrupted):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -108,6 +124,7 @@ def exit_code(error: BaseException) -> int:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, for people: the message of an error of ours, and the type of any other."""
+    error = interruption(error) or error
     if isinstance(error, CompressError | Interrupted):
         text = str(error)
     elif isinstance(error, KeyboardInterrupt):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from compress.console import Pace, _plain_progress
+from compress.console import Pace, _plain_progress, errors
+from compress.errors import Interrupted
 
 ROOT = Path(__file__).parents[1]
 WORK = """
@@ -102,3 +105,27 @@ def test_quiet_is_silent_and_a_pipe_gets_plain_lines():
     words = [sys.executable, "-c", WORK.format(quiet=False)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "" and done.stderr == "step [one] of 2\ndone\n"  # a second's work needs no progress
+
+
+def masked(cause: BaseException, explicit: bool) -> SystemError:
+    """What C code makes of an exception that it did not expect."""
+    try:
+        try:
+            raise cause
+        except BaseException as error:
+            if explicit:
+                raise SystemError("initialization raised an unreported exception") from error
+            raise SystemError("initialization raised an unreported exception")  # noqa: B904
+    except SystemError as error:
+        return error
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_an_error_that_a_signal_caused_ends_as_that_signal(explicit, capsys):
+    with pytest.raises(typer.Exit) as ended, errors(debug=False):
+        raise masked(Interrupted(signal.SIGINT), explicit)
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().err == "compress: interrupted by SIGINT; run the same command again to resume\n"
+    with pytest.raises(typer.Exit) as ended, errors(debug=False):
+        raise masked(ValueError("no signal"), explicit)
+    assert ended.value.exit_code == 1 and "internal error, SystemError" in capsys.readouterr().err
