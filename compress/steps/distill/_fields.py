@@ -123,3 +123,13 @@ class Generation(WeightDistillation):
             raise RecipeError(
                 f"{self.name}: tokens={self.tokens} are used up by one prompt of {self.prompt_tokens}; raise tokens"
             )
+
+    def prompts(self, context: Context) -> list[Tensor]:
+        """The beginnings of calibration windows; raises RecipeError where none is long enough."""
+        found = [w[: self.prompt_tokens] for w in context.calibration if len(w) >= self.prompt_tokens]
+        if not found:
+            raise RecipeError(
+                f"{self.name}: none of {len(context.calibration)} calibration windows has prompt_tokens="
+                f"{self.prompt_tokens} tokens; lower prompt_tokens or raise the length of data.calibration"
+            )
+        return found

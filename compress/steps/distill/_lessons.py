@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compress.errors import NumericalError
 from compress.interfaces import Progress
 from compress.numerics.distillation import (
     Kind,
@@ -23,6 +24,7 @@ from compress.numerics.distillation import (
 )
 from compress.numerics.top_k import TopK
 from compress.steps.distill._network import Network
+from compress.steps.distill._sampling import write
 
 
 class Lesson(Protocol):
@@ -147,3 +149,38 @@ def set_aside(module: Any) -> Iterator[None]:
         finally:
             for name, value in load_file(file).items():
                 parameters[name].data = value
+
+
+@dataclass
+class Writing:
+    """A reading of sequences that the student writes after the windows' beginnings, or of the windows themselves.
+
+    share: the probability of the former, drawn per batch. own, others: how many batches were either; written: tokens
+    of the former, prompts left out. name: of the step, for errors.
+    """
+
+    reading: Reading
+    name: str
+    share: float
+    sampling_temperature: float
+    ends: frozenset[int]
+    generator: torch.Generator
+    own: int = 0
+    others: int = 0
+    written: int = 0
+
+    def backward(self, student: Network, windows: Sequence[Tensor]) -> float:
+        """See `Lesson`."""
+        if not float(torch.rand((), generator=self.generator)) < self.share:
+            self.others += 1
+            return self.reading.backward(student, windows)
+        self.own += 1
+        given = self.reading.given
+        prompts, new_tokens = [window[:given] for window in windows], max(map(len, windows)) - given
+        try:
+            texts = write(student, prompts, new_tokens, self.sampling_temperature, self.ends, self.generator)
+        except NumericalError as error:
+            raise NumericalError(f"{self.name}: {error}, at step {self.own + self.others}") from error
+        texts = [text[: len(window)] for text, window in zip(texts, windows, strict=True)]
+        self.written += sum(len(text) - given for text in texts)
+        return self.reading.backward(student, texts)
