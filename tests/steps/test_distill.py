@@ -2,10 +2,13 @@
 
 import builtins
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
@@ -261,8 +264,6 @@ def test_impossible_fields_are_refused(fields):
 
 @pytest.mark.parametrize("name", ["prune.magnitude", "prune.wanda", "distill.logits"])
 def test_fields_survive_yaml(name, tmp_path):
-    from ruamel.yaml import YAML
-
     kind = step(name)
     first = kind(**({} if name == "distill.logits" else {"sparsity": 0.25}))
     with (tmp_path / "step.yaml").open("w") as file:
@@ -273,6 +274,20 @@ def test_fields_survive_yaml(name, tmp_path):
 def test_flags():
     assert Logits.recovers and Logits.uses_calibration and Logits.uses_selection and not Logits.packs
     assert step("prune.wanda").masks and step("prune.magnitude").masks and step("prune.wanda").uses_calibration
+
+
+def test_the_listing_of_the_page_is_valid_and_its_bytes_are_right():
+    from compress.numerics.top_k import bytes_per_token
+
+    page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text(encoding="utf-8")
+    listing = YAML(typ="safe").load(page.split("```yaml\n")[1].split("```")[0])
+    made = [step(name)(**fields) for entry in listing for name, fields in entry.items()]
+    assert {s.name for s in made} == {f"distill.{name}" for name in ("logits", "sequence", "on_policy", "hidden")}
+    table = re.findall(r"^\| top_k: (\d+) \| ([\d,]+) \| ([\d.]+) MB \|$", page, re.MULTILINE)
+    assert len(table) == 3
+    for k, size, total in table:
+        found = bytes_per_token(int(k), 49152)
+        assert f"{found:,}" == size and f"{found * 65536 / 1e6:.1f}" == total
 
 
 # --- the real model ---------------------------------------------------------------------------------------

@@ -62,8 +62,12 @@ def divergence(model: Model, data: list[torch.Tensor], teacher: Model) -> float:
 
 def test_greedy_writing_through_the_cache_follows_whole_forward_passes():
     network = Network(tiny_model().module, learns=False)
-    prompts = windows(5, 3, length=6)
-    for text, prompt in zip(write(network, prompts, 20, 0.0, (), torch.Generator()), prompts):
+    prompts, read = windows(5, 3, length=6), []
+    hook = network.body.embed_tokens.register_forward_hook(lambda module, ids, out: read.append(tuple(ids[0].shape)))
+    texts = write(network, prompts, 20, 0.0, (), torch.Generator())
+    hook.remove()
+    assert read == [(5, 6), *[(5, 1)] * 19]  # all rows at once, each token once
+    for text, prompt in zip(texts, prompts):
         assert torch.equal(text[:6], prompt) and len(text) == 26
         with torch.no_grad():
             logits = network.head(network.hidden(text)).float()[5:-1]

@@ -97,8 +97,8 @@ def optimize(
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), step.clip)
         if not (loss < float("inf") and bool(torch.isfinite(norm))):
             raise NumericalError(
-                f"{step.name}: loss {loss}, gradient norm {float(norm)} at step {i + 1} of {len(batches)}; the weights "
-                "are as they were before it; lower learning_rate"
+                f"{step.name}: loss {loss}, gradient norm {float(norm)} at step {i + 1} of {len(batches)}; the model "
+                f"keeps the weights from before {step.name}; lower learning_rate"
             )
         factor = warm_cosine(i, len(batches), max(1, len(batches) // 10))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
