@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.model import Model
 from compress.numerics.masks import keep_highest
-from compress.steps.distill._lessons import Reading, Text, Writing
+from compress.steps.distill._lessons import Reading, Text, Writing, set_aside
 from compress.steps.distill._network import Network
 from compress.steps.distill._sampling import choose, write
 from compress.steps.distill._training import Ruler
@@ -150,6 +151,48 @@ def test_without_own_sequences_it_is_the_reading_itself():
     lesson = Writing(reading, "test", 0.0, 1.0, frozenset(), torch.Generator().manual_seed(0))
     network.head_weight = network.head_weight.clone().requires_grad_()
     assert lesson.backward(network, windows(2, 8)) == reading.backward(network, windows(2, 8)) > 0
+
+
+def read_by(model: Model) -> list[list[int]]:
+    """A list that grows by every window that the model reads whole, from now on."""
+    seen: list[list[int]] = []
+    model.module.model.embed_tokens.register_forward_hook(lambda module, ids, out: seen.extend(ids[0].tolist()))
+    return seen
+
+
+def test_the_teacher_reads_what_the_student_wrote():
+    student, teacher, prompts = tiny_model(1), tiny_model(), windows(3, 9)
+    network = Network(student.module, learns=True)
+    expected = write(network, [w[:8] for w in prompts], 24, 0.0, (), torch.Generator())
+    seen = read_by(teacher)
+    reading = Reading(Network(teacher.module, learns=False), 1.0, 1.0, "reverse", 8)
+    Writing(reading, "test", 1.0, 0.0, frozenset(), torch.Generator()).backward(network, prompts)
+    assert seen == [text.tolist() for text in expected]
+
+
+def test_the_student_reads_what_the_teacher_wrote():
+    student, teacher, run = wounded(), tiny_model(1), context(tiny_model(1), selection=windows(1, 2, length=31))
+    seen = read_by(student)
+    Sequence(**{**FAST, "sampling_temperature": 0.0, "tokens": 256}).apply(student, run)
+    prompts = {tuple(w[:8].tolist()) for w in run.calibration}
+    texts = [torch.tensor(t) for t in seen if len(t) == 32]  # the selection's window is shorter
+    assert len(texts) == 8 and all(tuple(t[:8].tolist()) in prompts for t in texts)
+    network = Network(teacher.module, learns=False)
+    for text in texts:
+        with torch.no_grad():
+            logits = network.head(network.hidden(text)).float()[7:-1]
+        assert (logits.amax(1) - logits.gather(1, text[8:, None])[:, 0] <= 0.15).all()  # see above
+
+
+def test_tied_weights_come_back_from_their_file():
+    config = tiny_model().module.config.to_dict() | {"tie_word_embeddings": True}
+    module = LlamaForCausalLM(LlamaConfig(**config))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), set_aside(module):
+        assert all(not p.numel() for p in module.parameters())
+        raise KeyboardInterrupt
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 # --- the steps --------------------------------------------------------------------------------------------
