@@ -114,13 +114,15 @@ class Plugin(BaseModel):
 class Context:
     """What a step may use besides the model.
 
-    calibration, selection: windows of token ids, each (length,) int64. teacher opens the recipe's baseline.
+    calibration, selection: windows of token ids, each (length,) int64. teacher opens the recipe's baseline, and
+    dismiss releases its memory; asked again, it opens anew.
     """
 
     seed: int
     calibration: Sequence[Tensor] = ()
     selection: Sequence[Tensor] = ()
     teacher: Callable[[], Model] | None = None
+    dismiss: Callable[[], None] = lambda: None
     progress: Progress = lambda label, fraction: None
     notes: list[str] = field(default_factory=list)  # what the report must say about this step
 

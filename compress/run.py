@@ -174,6 +174,7 @@ class _Work:
             calibration=bench.windows("calibration", model) if needs["calibration"] else (),
             selection=bench.windows("selection", model) if needs["selection"] else (),
             teacher=lambda: bench.model(bench.baseline),
+            dismiss=bench.close,
             progress=bench.progress(step.name),
         )
         step.apply(model, context)

@@ -82,6 +82,20 @@ def test_a_run_rejects_accepts_exports_and_is_re_used(place, store, tmp_path):
     assert elsewhere.exports[0].files == export.files
 
 
+def test_a_run_goes_on_after_steps_that_dismiss_the_baseline(place, store, tmp_path):
+    budget = "tokens: 256, selection_tokens: 64, checks: 1"
+    steps = [
+        "prune.magnitude: {sparsity: 0.01}",
+        f"distill.logits: {{{budget}, top_k: 16, divergence: js}}",
+        f"distill.sequence: {{{budget}, prompt_tokens: 4, new_tokens: 12}}",
+        f"distill.hidden: {{{budget}, layers: [[1, 1]]}}",
+    ]
+    record, _ = run.apply(load(place, f"[{', '.join(f'{{{s}}}' for s in steps)}]"), tmp_path / "run", store)
+    assert record.status == "passed", record
+    notes = [note for step in record.steps for attempt in step.attempts for note in attempt.notes]
+    assert len(notes) == 4 and "bytes per token" in notes[1] and "1 from 1" in notes[3]
+
+
 def test_every_check_sees_a_planted_loss_before_it_is_trusted(place, store, tmp_path):
     record, folder = run.apply(load(place, f"[{{{INT8}}}]"), tmp_path / "run", store)
     assert [(a.metric, a.verdict, a.examples) for a in record.assays] == [

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, softplus
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states (tokens, width) → logits (tokens, vocabulary)."""
+
+Loss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""Float32 logits of some rows, and which rows → the loss per token (tokens,) and its gradient, as the logits."""
+
+Kind = Literal["forward", "reverse", "js"]
+"""KL(teacher ‖ student), KL(student ‖ teacher), or the Jensen–Shannon divergence."""
+
+NOTHING = -1e4
+"""The logarithm of no mass at all: its exponential is 0, and 0 times it is 0, as 0 · −∞ is not."""
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -25,14 +35,36 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
+def divergence_and_gradient(log_p: Tensor, log_q: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    """D(p, q) in nats per row, (tokens,), and ∂D/∂z where q = softmax(z), (tokens, n); both inputs are used up.
+
+    log_p, log_q: (tokens, n) logarithms of the teacher's and the student's probabilities, finite. forward is
+    KL(p ‖ q), with ∂/∂z = q − p; reverse is KL(q ‖ p), with q (ln q/p − D); js is ½ KL(p ‖ m) + ½ KL(q ‖ m) with
+    m = ½ (p + q), and ½ q (ln q/m − KL(q ‖ m)).
+    """
+    if kind == "forward":
+        p = log_p.exp()
+        loss = (p * log_p.sub_(log_q)).sum(dim=-1)
+        return loss, log_q.exp_().sub_(p)
+    q = log_q.exp()
+    if kind == "reverse":
+        ratio = log_q.sub_(log_p)
+        loss = (q * ratio).sum(dim=-1)
+        return loss, ratio.sub_(loss[:, None]).mul_(q)
+    p, ratio = log_p.exp(), log_q.sub_(log_p)
+    to_p, to_q = math.log(2) - softplus(ratio), math.log(2) - softplus(-ratio)  # ln p/m and ln q/m
+    of_q = (q * to_q).sum(dim=-1)
+    return 0.5 * ((p * to_p).sum(dim=-1) + of_q), to_q.sub_(of_q[:, None]).mul_(q).mul_(0.5)
+
+
 def loss_and_gradient(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, kind: Kind = "forward"
 ) -> tuple[Tensor, Tensor]:
-    """L = α T² KL(p_T ‖ q_T) + (1 − α) CE(labels, q_1) per token, and ∂L/∂student.
+    """L = α T² D(p_T, q_T) + (1 − α) CE(labels, q_1) per token, and ∂L/∂student.
 
     student, teacher: (tokens, vocabulary) float32 logits. labels: (tokens,) ids of the tokens that follow.
     Returns (tokens,) and (tokens, vocabulary). The gradient is written out because autograd would keep
-    several copies of the logits: ∂(T² KL)/∂z = T (q_T − p_T), ∂CE/∂z = q_1 − onehot(labels).
+    several copies of the logits: see `divergence_and_gradient`, and ∂CE/∂z = q_1 − onehot(labels).
     Hinton et al. 2015, arXiv:1503.02531: T² keeps the soft gradient's size independent of T.
     """
     loss = student.new_zeros(len(student))
@@ -40,46 +72,70 @@ def loss_and_gradient(
     if alpha > 0:
         log_q = log_softmax(student / temperature, dim=-1)
         log_p = log_softmax(teacher / temperature, dim=-1)
-        p = log_p.exp()
-        loss += alpha * temperature**2 * (p * log_p.sub_(log_q)).sum(dim=-1)
-        gradient = log_q.exp_().sub_(p).mul_(alpha * temperature)
-    if alpha < 1:
-        log_q = log_softmax(student, dim=-1)
-        loss -= (1 - alpha) * log_q.gather(1, labels[:, None])[:, 0]
-        gradient.add_(log_q.exp_(), alpha=1 - alpha)
-        gradient[torch.arange(len(labels)), labels] -= 1 - alpha
+        soft, gradient = divergence_and_gradient(log_p, log_q, kind)
+        loss += alpha * temperature**2 * soft
+        gradient.mul_(alpha * temperature)
+    _add_cross_entropy(loss, gradient, student, labels, 1 - alpha)
     return loss, gradient
 
 
+def top_k_loss_and_gradient(
+    student: Tensor, ids: Tensor, log_p: Tensor, labels: Tensor, temperature: float, alpha: float, kind: Kind
+) -> tuple[Tensor, Tensor]:
+    """`loss_and_gradient` where of the teacher only k tokens are known, and the mass of all others together.
+
+    ids: (tokens, k) distinct. log_p: (tokens, k + 1) at the temperature, the last for all other tokens. D compares
+    these k + 1 events, and so is at most the divergence over the vocabulary, and equal to it for k = vocabulary.
+    The others share the gradient of their sum in the proportions that the student gives them.
+    """
+    loss = student.new_zeros(len(student))
+    gradient = torch.zeros_like(student)
+    if alpha > 0:
+        log_q = log_softmax(student / temperature, dim=-1)
+        rest = log_q.scatter(1, ids, -math.inf).logsumexp(dim=1, keepdim=True).clamp_(min=NOTHING)
+        events = torch.cat([log_q.gather(1, ids), rest], dim=1)
+        soft, of_events = divergence_and_gradient(log_p.clone(), events, kind)
+        loss += alpha * temperature**2 * soft
+        gradient = log_q.sub_(rest).exp_().mul_(of_events[:, -1:]).scatter_(1, ids, of_events[:, :-1])
+        gradient.mul_(alpha * temperature)
+    _add_cross_entropy(loss, gradient, student, labels, 1 - alpha)
+    return loss, gradient
+
+
+def _add_cross_entropy(loss: Tensor, gradient: Tensor, student: Tensor, labels: Tensor, weight: float) -> None:
+    """Add weight · CE(labels, softmax(student)) and its gradient, in place."""
+    if weight > 0:
+        log_q = log_softmax(student, dim=-1)
+        loss -= weight * log_q.gather(1, labels[:, None])[:, 0]
+        gradient.add_(log_q.exp_(), alpha=weight)
+        gradient[torch.arange(len(labels)), labels] -= weight
+
+
 def backward_through_heads(
-    hidden: Tensor,
-    teacher_hidden: Tensor,
-    head: Head,
-    teacher_head: Head,
-    labels: Tensor,
-    temperature: float,
-    alpha: float,
-    scale: float = 1.0,
-    chunk: int = 128,
+    hidden: Tensor, head: Head, loss: Loss, scale: float = 1.0, chunk: int = 128, beside: Tensor | None = None
 ) -> float:
     """Sum of the loss over tokens; accumulates `scale` times its gradient behind `hidden` and in the head.
 
-    hidden, teacher_hidden: (tokens, width). At most `chunk` tokens' logits exist at any time: each chunk's
-    gradient goes into a detached copy of the hidden states, and the body's backward runs once at the end.
-    Nothing is accumulated in the body if the sum is not finite: the caller sees it and stops.
+    hidden: (tokens, width). At most `chunk` tokens' logits exist at any time: each chunk's gradient goes into a
+    detached copy of the hidden states, and the body's backward runs once at the end. beside: a sum of another loss
+    over the same tokens with a graph of its own, added and scaled alike. Nothing is accumulated in the body if the
+    sum is not finite: the caller sees it and stops.
     """
     leaf = hidden.detach().requires_grad_()
-    total = 0.0
-    for start in range(0, len(labels), chunk):
-        rows = slice(start, start + chunk)
+    total = 0.0 if beside is None else float(beside.detach())
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, min(start + chunk, len(hidden)))
         logits = head(leaf[rows])
         with torch.no_grad():
-            target = teacher_head(teacher_hidden[rows]).float()
-            loss, gradient = loss_and_gradient(logits.float(), target, labels[rows], temperature, alpha)
+            losses, gradient = loss(logits.float(), rows)
         torch.autograd.backward(logits, (gradient * scale).to(logits.dtype))
-        total += float(loss.double().sum())
-    if hidden.requires_grad and torch.isfinite(torch.tensor(total)):
-        torch.autograd.backward(hidden, leaf.grad)
+        total += float(losses.double().sum())
+    if hidden.requires_grad and math.isfinite(total):
+        roots, gradients = [hidden], [leaf.grad]
+        if beside is not None:
+            roots.append(beside)
+            gradients.append(torch.full_like(beside, scale))
+        torch.autograd.backward(roots, gradients)
     return total
 
 

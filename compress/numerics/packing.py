@@ -43,3 +43,22 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, int], signed: bool) -> T
         signed_flat = (flat << shift).view(np.int8) >> shift
         return torch.from_numpy(np.ascontiguousarray(signed_flat)).view(shape)
     return torch.from_numpy(np.ascontiguousarray(flat)).view(shape)
+
+
+def pack_rows(indices: Tensor, bits: int) -> Tensor:
+    """Indices (n, k) int64 in [0, 2^bits) → (n, ceil(k·bits/8)) uint8: each row fills whole bytes, bits up to 32.
+
+    >>> pack_rows(torch.tensor([[1, 2, 3], [0, 0, 1023]]), 10).tolist()
+    [[1, 8, 48, 0], [0, 0, 240, 63]]
+    """
+    raw = indices.contiguous().numpy().astype("<u4").view(np.uint8).reshape(*indices.shape, 4)
+    planes = np.unpackbits(raw, axis=2, count=bits, bitorder="little").reshape(len(indices), indices.shape[1] * bits)
+    return torch.from_numpy(np.packbits(planes, axis=1, bitorder="little"))
+
+
+def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack_rows`: the `count` indices of each row, int64."""
+    planes = np.unpackbits(packed.numpy(), axis=1, count=count * bits, bitorder="little")
+    raw = np.packbits(planes.reshape(len(packed), count, bits), axis=2, bitorder="little")
+    raw = np.pad(raw, ((0, 0), (0, 0), (0, 4 - raw.shape[2])))
+    return torch.from_numpy(raw.view("<u4")[:, :, 0].astype(np.int64))

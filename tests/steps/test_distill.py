@@ -2,10 +2,13 @@
 
 import builtins
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
@@ -137,6 +140,62 @@ def test_a_non_finite_loss_names_the_step_and_changes_nothing():
     assert model.digest == before.digest
 
 
+@pytest.mark.parametrize("divergence", ["reverse", "js"])
+def test_every_divergence_heals(divergence):
+    model, before, teacher = wounded(), wounded(), tiny_model()
+    run = context(teacher)
+    Logits(alpha=1.0, divergence=divergence, **FAST).apply(model, run)
+    assert divergence_of(model, teacher, run) < divergence_of(before, teacher, run)
+
+
+def divergence_of(model: Model, teacher: Model, run: Context) -> float:
+    return divergence(model, teacher, run.selection)
+
+
+def test_a_recorded_teacher_is_dismissed_before_training_and_heals_as_well():
+    teacher, before, run = tiny_model(), wounded(), context()
+    full, recorded = wounded(), wounded()
+    Logits(alpha=1.0, **FAST).apply(full, run)
+    dismissed: list[str] = []
+    heard: list[str] = []
+    calls: list[int] = []
+    gone = tiny_model()
+    gone.module.model.register_forward_hook(lambda *_: calls.append(len(heard)))
+
+    def dismiss() -> None:
+        dismissed.append(f"after {len(heard)}")
+        assert all(not p.numel() for p in recorded.module.parameters())  # the student is out of memory until now
+        gone.close()
+
+    noted = context(gone, dismiss=dismiss, progress=lambda label, _: heard.append(label))
+    Logits(alpha=1.0, top_k=256, **FAST).apply(recorded, noted)
+    assert len(dismissed) == 1 and len(calls) == 4 + 16  # the selection windows, and each calibration window once
+    assert not any(label.startswith("step") for label in heard[: max(calls)])
+    assert "256 likeliest tokens" in noted.notes[-1] and "772 bytes per token" in noted.notes[-1]
+    for name, parameter in recorded.module.named_parameters():
+        # gaps are rounded to halves; the gains moved by some 0.05, at Adam's rate of 0.01
+        torch.testing.assert_close(parameter, full.parameter(name), rtol=0, atol=5e-3)
+    few = wounded()
+    Logits(alpha=1.0, top_k=64, **FAST).apply(few, context())
+    assert divergence(few, teacher, run.selection) < divergence(before, teacher, run.selection)
+
+
+def test_a_failing_teacher_brings_the_student_back():
+    model, before = wounded(), wounded()
+
+    def fail(label: str, fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Logits(top_k=4, **FAST).apply(model, context(progress=fail))
+    assert model.digest == before.digest
+
+
+def test_more_tokens_than_the_vocabulary_are_refused():
+    with pytest.raises(RecipeError, match="top_k=257, and the vocabulary has 256 tokens"):
+        Logits(top_k=257).check(tiny_model().facts)
+
+
 def test_encoded_tensors_are_not_trained():
     model = tiny_model()
     tensor = "model.layers.0.mlp.up_proj.weight"
@@ -196,7 +255,7 @@ def test_the_token_budget_is_exact(tokens, batch):
 @pytest.mark.parametrize(
     "fields",
     [{"temperature": 0}, {"temperature": math.nan}, {"alpha": 1.1}, {"train": "heads"}, {"tokens": 1},
-     {"tokens": 1e4}, {"learning_rate": -1.0}, {"batch": 0}, {"seconds": 60}],
+     {"tokens": 1e4}, {"divergence": "kl"}, {"top_k": 0}, {"learning_rate": -1.0}, {"batch": 0}, {"seconds": 60}],
 )  # fmt: skip
 def test_impossible_fields_are_refused(fields):
     with pytest.raises(ValidationError):
@@ -205,8 +264,6 @@ def test_impossible_fields_are_refused(fields):
 
 @pytest.mark.parametrize("name", ["prune.magnitude", "prune.wanda", "distill.logits"])
 def test_fields_survive_yaml(name, tmp_path):
-    from ruamel.yaml import YAML
-
     kind = step(name)
     first = kind(**({} if name == "distill.logits" else {"sparsity": 0.25}))
     with (tmp_path / "step.yaml").open("w") as file:
@@ -217,6 +274,20 @@ def test_fields_survive_yaml(name, tmp_path):
 def test_flags():
     assert Logits.recovers and Logits.uses_calibration and Logits.uses_selection and not Logits.packs
     assert step("prune.wanda").masks and step("prune.magnitude").masks and step("prune.wanda").uses_calibration
+
+
+def test_the_listing_of_the_page_is_valid_and_its_bytes_are_right():
+    from compress.numerics.top_k import bytes_per_token
+
+    page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text(encoding="utf-8")
+    listing = YAML(typ="safe").load(page.split("```yaml\n")[1].split("```")[0])
+    made = [step(name)(**fields) for entry in listing for name, fields in entry.items()]
+    assert {s.name for s in made} == {f"distill.{name}" for name in ("logits", "sequence", "on_policy", "hidden")}
+    table = re.findall(r"^\| top_k: (\d+) \| ([\d,]+) \| ([\d.]+) MB \|$", page, re.MULTILINE)
+    assert len(table) == 3
+    for k, size, total in table:
+        found = bytes_per_token(int(k), 49152)
+        assert f"{found:,}" == size and f"{found * 65536 / 1e6:.1f}" == total
 
 
 # --- the real model ---------------------------------------------------------------------------------------

@@ -26,15 +26,16 @@ class Network:
 
     def __init__(self, module: Any, learns: bool):
         self.body = module.base_model
-        self.output = module.get_output_embeddings()
+        output = module.get_output_embeddings()
         embedding = module.get_input_embeddings().weight
         self.frozen: dict[str, Tensor] = {
             name: parameter.detach().bfloat16()
             for name, parameter in self.body.named_parameters()
             if parameter.ndim == 2 and parameter is not embedding and not (learns and parameter.requires_grad)
         }
-        frozen_head = not (learns and self.output.weight.requires_grad)
-        self.head_weight = self.output.weight.detach().bfloat16() if frozen_head else self.output.weight
+        frozen_head = not (learns and output.weight.requires_grad)
+        self.head_weight = output.weight.detach().bfloat16() if frozen_head else output.weight
+        self.head_bias = output.bias
 
     def hidden(self, window: Tensor) -> Tensor:
         """Final hidden states (length, width) of one window (length,)."""
@@ -47,7 +48,18 @@ class Network:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (tokens, vocabulary) in bfloat16."""
         with torch.autocast("cpu", torch.bfloat16):
-            return linear(hidden, self.head_weight, self.output.bias)
+            return linear(hidden, self.head_weight, self.head_bias)
+
+    def read(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Logits (rows, vocabulary) after new tokens (rows, n), and the key-value cache grown by them; None begins."""
+        with torch.autocast("cpu", torch.bfloat16):
+            arguments = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+            out = functional_call(self.body, self.frozen, kwargs=arguments)
+        return self.head(out.last_hidden_state[:, -1]).float(), out.past_key_values
+
+    def release_body(self) -> None:
+        """Let go of everything but the head, which turns hidden states that were kept into logits."""
+        self.body, self.frozen = None, {}
 
 
 def trained_tensors(model: Model, train: str) -> list[str]:
@@ -61,7 +73,7 @@ def trained_tensors(model: Model, train: str) -> list[str]:
     for name in names:
         if name in model.encoded:
             raise RecipeError(
-                f"distill.logits: train={train} would change {name}, already stored as "
+                f"train={train} would change {name}, already stored as "
                 f"{model.encoded[name].encoding}; distill before quantizing"
             )
     return names
@@ -128,7 +140,7 @@ def _add_adapters(model: Model, rank: int, seed: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise RecipeError("distill.logits: train=lora needs peft: pip install 'compress-toolkit[distill]'") from error
+        raise RecipeError("train=lora needs peft: pip install 'compress-toolkit[distill]'") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(model.facts.linears))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
-from compress.numerics.distillation import backward_through_heads, divergence_through_heads, warm_cosine
+from compress.numerics.distillation import divergence_through_heads, warm_cosine
 from compress.steps.distill._fields import Distillation
+from compress.steps.distill._lessons import Lesson
 from compress.steps.distill._network import Network, apply_masks, restore, snapshot
 
 
@@ -53,23 +54,22 @@ class Outcome:
 def learn(
     step: Distillation,
     learner: Learner,
-    teacher: Network,
+    lesson: Lesson,
+    ruler: Ruler,
+    batches: Sequence[Sequence[Tensor]],
     context: Context,
-    alpha: float,
     patience: int | None = None,
 ) -> Outcome:
-    """Train, and leave the learner in the state of least KL on the selection data, the starting one included.
+    """Train, and leave the learner in the state of least KL by the ruler, the starting one included.
 
-    alpha: weight of the divergence beside the cross-entropy. patience: checks in a row without a new best after
-    which training ends.
+    batches: the windows of each optimizer step. patience: checks in a row without a new best after which training
+    ends.
     """
-    ruler = Ruler(step.name, teacher, first(context.selection, step.selection_tokens))
     best = before = ruler.divergence(learner.student)
     kept, taken, values = 0, 0, snapshot(learner.parameters)
-    batches = plan_batches(step.name, context.calibration, step.tokens, step.batch, context.seed)
     due = {len(batches) * (i + 1) // step.checks for i in range(step.checks)}
     fruitless = 0
-    for taken in optimize(step, learner, teacher, batches, context, alpha):
+    for taken in optimize(step, learner, lesson, batches, context):
         if taken not in due:
             continue
         fruitless += 1
@@ -83,12 +83,7 @@ def learn(
 
 
 def optimize(
-    step: Distillation,
-    learner: Learner,
-    teacher: Network,
-    batches: Sequence[Sequence[Tensor]],
-    context: Context,
-    alpha: float,
+    step: Distillation, learner: Learner, lesson: Lesson, batches: Sequence[Sequence[Tensor]], context: Context
 ) -> Iterator[int]:
     """Take the optimizer steps, and yield how many are taken after each."""
     parameters = learner.parameters
@@ -97,11 +92,14 @@ def optimize(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     for i, windows in enumerate(batches):
         optimizer.zero_grad()
-        loss = _backward(learner.student, teacher, windows, step.temperature, alpha)
+        loss = lesson.backward(learner.student, windows)
         apply_masks(learner.masks, {n: p.grad for n, p in parameters.items() if p.grad is not None})
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), step.clip)
         if not (loss < float("inf") and bool(torch.isfinite(norm))):
-            raise NumericalError(f"{step.name}: loss {loss}, gradient norm {float(norm)} at step {i + 1}")
+            raise NumericalError(
+                f"{step.name}: loss {loss}, gradient norm {float(norm)} at step {i + 1} of {len(batches)}; the model "
+                f"keeps the weights from before {step.name}; lower learning_rate"
+            )
         factor = warm_cosine(i, len(batches), max(1, len(batches) // 10))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
@@ -110,20 +108,6 @@ def optimize(
         learner.settle()
         context.progress(f"step {i + 1}/{len(batches)}, loss {loss:.4f}", (i + 1) / len(batches))
         yield i + 1
-
-
-def _backward(student: Network, teacher: Network, windows: Sequence[Tensor], temperature: float, alpha: float) -> float:
-    """Mean loss over the windows' scored positions, its gradient accumulated; one window at a time."""
-    positions = sum(len(window) - 1 for window in windows)
-    total = 0.0
-    for window in windows:
-        with torch.no_grad():
-            target = teacher.hidden(window)[:-1]
-        total += backward_through_heads(
-            student.hidden(window)[:-1], target, student.head, teacher.head,
-            window[1:], temperature, alpha, scale=1 / positions,
-        )  # fmt: skip
-    return total / positions
 
 
 class Ruler:
@@ -147,20 +131,26 @@ class Ruler:
         return total / self.tokens
 
 
-def plan_batches(name: str, windows: Sequence[Tensor], tokens: int, batch: int, seed: int) -> list[list[Tensor]]:
+def plan_batches(
+    name: str, windows: Sequence[Tensor], tokens: int, batch: int, seed: int, given: int = 1
+) -> list[list[Tensor]]:
     """Windows of each optimizer step: seeded shuffles of all windows, one after another, up to `tokens`.
 
-    The last window is cut to fit the budget; a rest of one token, which predicts nothing, is left unused.
+    given: leading tokens of each window that are not scored. The last window is cut to fit the budget; a rest of
+    no more than `given` tokens, in which nothing is scored, is left unused.
     """
     generator = torch.Generator().manual_seed(seed)
-    usable = [window for window in windows if len(window) > 1]
+    usable = [window for window in windows if len(window) > given]
     if not usable:
-        raise RecipeError(f"{name}: no calibration window has two tokens")
+        raise RecipeError(
+            f"{name}: none of {len(windows)} calibration windows is longer than {given} token{'s'[: given > 1]}; "
+            "raise the length of data.calibration"
+        )
     order: list[Tensor] = []
     left = tokens
-    while left > 1:
+    while left > given:
         for i in torch.randperm(len(usable), generator=generator).tolist():
-            if left > 1:
+            if left > given:
                 order.append(usable[i][:left])
                 left -= len(order[-1])
     return [order[i : i + batch] for i in range(0, len(order), batch)]

@@ -44,20 +44,24 @@ class Scales(Distillation):
 
     def apply(self, model: Model, context: Context) -> None:
         """Train in place; on any error scales and norms are as they were."""
+        from compress.steps.distill._lessons import Reading
         from compress.steps.distill._network import Network, training
-        from compress.steps.distill._training import Learner, learn
+        from compress.steps.distill._training import Learner, Ruler, first, learn, plan_batches
 
         coded = learnable(model)
         if not coded:
             raise RecipeError(f"{self.name}: no linear holds codes with float16 scales; quantize before it")
         teacher = Network(self.teacher(model, context).module, learns=False)
+        lesson = Reading(teacher, self.temperature, alpha=1.0)
+        ruler = Ruler(self.name, teacher, first(context.selection, self.selection_tokens))
+        batches = plan_batches(self.name, context.calibration, self.tokens, self.batch, context.seed)
         with training(model, "norms", rank=0, seed=context.seed) as gains:
             rates = {n: self.learning_rate * float(g.detach().square().mean().sqrt()) for n, g in gains.items()}
             student = Network(model.module, learns=True)
             with scaled(model, student, coded) as (thetas, settle):
                 rates |= dict.fromkeys(thetas, self.learning_rate)
                 learner = Learner(student, {**gains, **thetas}, rates, masks={}, settle=settle)
-                outcome = learn(self, learner, teacher, context, alpha=1.0, patience=self.patience)
+                outcome = learn(self, learner, lesson, ruler, batches, context, self.patience)
             learned = {name: rescaled(coded[name], theta) for name, theta in thetas.items()}
             for name, tensor in learned.items():
                 model.store(name, tensor)
