@@ -216,6 +216,8 @@ def evaluate(
             raise RecipeError(f"{e.name} compares two models; add --against MODEL")
         if windows and e.statistic == "betting":
             raise RecipeError(f"{e.name} asks for answers, not for windows of text; leave --windows out")
+        if windows and e.whole:
+            raise RecipeError(f"{e.name} weighs whole documents; leave --windows out")
         if windows and e.statistic == "census":
             raise RecipeError(f"{e.name} reads a fixed set of its own; leave --windows out")
     data = consecutive_windows(source, length, windows) if windows else documents_of(source, length, documents)
