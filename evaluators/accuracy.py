@@ -170,7 +170,7 @@ class Accuracy(Evaluator):
 
     def _chance(self, source: str, group: str) -> float:
         harness = source.startswith(_lm_eval.PREFIX)
-        return self._parts()[group].chance if harness else TASKS[source.split(":")[0]].chance
+        return self._parts()[group].chance if harness else TASKS[source.replace(":", " ").split()[0]].chance
 
     def comparable(
         self, data: Documents, reference: Callable[[Documents], list[Score]]
