@@ -30,7 +30,8 @@ PLANNING_SD: Mapping[str, float] = {
 }
 POWER_BASIS = (
     "80 % power at one look, with a standard deviation per document between those of int8 and int4 rounding "
-    f"(perplexity {PLANNING_SD['perplexity']}, divergence {PLANNING_SD['divergence']} nats per token, wiki); "
+    f"(perplexity {PLANNING_SD['perplexity']}, divergence {PLANNING_SD['divergence']} nats per token, wiki; "
+    f"bits_per_byte {PLANNING_SD['bits_per_byte']:.3f}, perplexity's at {CHARACTERS_PER_TOKEN} bytes a token); "
     f"accuracy: {FLIPS:.0%} of answers flip, a document being a cluster of items, those that first prove the "
     "baseline counted too; robustness, stereotypes, pronouns and text as accuracy"
 )
