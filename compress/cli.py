@@ -160,12 +160,13 @@ def ls(
     with errors(debug):
         from compress import encodings, plugin
         from compress import recipe as recipes
-        from evaluators import accuracy
+        from evaluators import _perturb, accuracy
 
         found: dict[str, dict[str, str]] = {"recipes": recipes.shipped()}
         for kind in ("step", "evaluator", "exporter"):
             found[f"{kind}s"] = {name: plugin.summary(kind, name) for name in plugin.names(kind)}
         found["tasks of accuracy"] = accuracy.summaries()
+        found["perturbations of robustness"] = _perturb.summaries()
         found["encodings"] = {name: encodings.describe(name) for name in encodings.NAMES}
     if as_json:
         print_json(found)

@@ -222,6 +222,7 @@ class Evaluator(Plugin, ABC):
     statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "mean"
     minimum_examples: ClassVar[int] = 50  # clusters, where examples share one
     timed: ClassVar[bool] = False  # depends on the clock: it judges exports alone, and no artifact carries its figures
+    whole: ClassVar[bool] = False  # weighs documents: their windows have no score of their own
     relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)
     margin_fields: ClassVar[frozenset[str]] = frozenset()  # fields that move the margin but no score
     # What the loss is, so that one can be planted without asking `score`: the mean increase of −ln p(token),

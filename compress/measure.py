@@ -170,6 +170,9 @@ def _without_margin(spec: str) -> Evaluator:
     """An evaluator as `name`, or as `name:task` where it has tasks; measuring needs no margin."""
     name, _, task = spec.partition(":")
     kind = plugin.evaluator(name)
+    required = {field for field, info in kind.model_fields.items() if info.is_required()} - kind.margin_fields
+    if required:
+        raise RecipeError(f"{name} needs {', '.join(sorted(required))}: it is for gates of recipes, not for eval")
     if not task:
         return kind.model_construct()
     if "tasks" not in kind.model_fields:
@@ -213,6 +216,8 @@ def evaluate(
             raise RecipeError(f"{e.name} compares two models; add --against MODEL")
         if windows and e.statistic == "betting":
             raise RecipeError(f"{e.name} asks for answers, not for windows of text; leave --windows out")
+        if windows and e.whole:
+            raise RecipeError(f"{e.name} weighs whole documents; leave --windows out")
         if windows and e.statistic == "census":
             raise RecipeError(f"{e.name} reads a fixed set of its own; leave --windows out")
     data = consecutive_windows(source, length, windows) if windows else documents_of(source, length, documents)

@@ -22,12 +22,18 @@ CHARACTERS_PER_TOKEN = 4.5  # of English text under vocabularies of 30,000 to 15
 # 5 % and 0.08: int8 (loss 0.002) 0.023 and 0.041, int4 (loss 0.25) 0.155 and 0.147; here the geometric means.
 # Accuracy: the items of a cluster are taken to flip together, so that its deviation is that of one item.
 FLIPS = 0.10  # of items, both ways; rounding SmolLM2-135M to int8 flips 3 of 340 minimal pairs and 0 of 60 cloze items
-PLANNING_SD: Mapping[str, float] = {"perplexity": 0.06, "divergence": 0.08, "accuracy": math.sqrt(FLIPS)}
+PLANNING_SD: Mapping[str, float] = {
+    "perplexity": 0.06,
+    "divergence": 0.08,
+    "bits_per_byte": 0.06 / (math.log(2) * CHARACTERS_PER_TOKEN),
+    **dict.fromkeys(("accuracy", "robustness", "stereotypes", "pronouns", "text"), math.sqrt(FLIPS)),
+}
 POWER_BASIS = (
     "80 % power at one look, with a standard deviation per document between those of int8 and int4 rounding "
-    f"(perplexity {PLANNING_SD['perplexity']}, divergence {PLANNING_SD['divergence']} nats per token, wiki); "
+    f"(perplexity {PLANNING_SD['perplexity']}, divergence {PLANNING_SD['divergence']} nats per token, wiki; "
+    f"bits_per_byte {PLANNING_SD['bits_per_byte']:.3f}, perplexity's at {CHARACTERS_PER_TOKEN} bytes a token); "
     f"accuracy: {FLIPS:.0%} of answers flip, a document being a cluster of items, those that first prove the "
-    "baseline counted too"
+    "baseline counted too; robustness, stereotypes, pronouns and text as accuracy"
 )
 MOST_NEEDED = 1_000_000  # documents; a check that needs more is as good as undecidable
 

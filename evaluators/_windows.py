@@ -106,3 +106,20 @@ def flatten(model: LanguageModel, batch: Sequence[Example]) -> list[tuple[int, .
             f"({model.runtime}); use a smaller length"
         )
     return windows
+
+
+def summed_nll(model: LanguageModel, batch: Sequence[Example]) -> list[tuple[float, int]]:
+    """Per example, whose payload is windows: nats over every token but the first of each window, and their number."""
+    import torch
+
+    from compress.numerics.divergence import token_nll
+
+    logits = model.logits(flatten(model, batch))
+    found = []
+    for example in batch:
+        total, tokens = 0.0, 0
+        for window in example.payload:
+            nll = token_nll(next(logits)[:-1], torch.tensor(window[1:]))
+            total, tokens = total + nll.sum().item(), tokens + len(nll)
+        found.append((total, tokens))
+    return found

@@ -174,7 +174,7 @@ class Accuracy(Evaluator):
         if source.startswith(_lm_eval.PREFIX):
             parts = self._parts()
             return {group: parts[group].chance for group in groups}
-        return dict.fromkeys(groups, TASKS[source.split(":")[0]].chance)
+        return dict.fromkeys(groups, TASKS[source.replace(":", " ").split()[0]].chance)
 
     def comparable(
         self, data: Documents, reference: Callable[[Documents], list[Score]]

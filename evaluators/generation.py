@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from compress.errors import GateInconclusive
 from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
 from compress.numerics.repetition import distinct_share, loops
+from evaluators._answers import check_room, ids, nats_per_token
 from evaluators._census import Census
 from evaluators._prompts import PROMPTS
 from evaluators._windows import Percent
@@ -82,16 +82,11 @@ class Generation(Census):
         (`nats`) and its judge, the reference or else the model, give it in one pass: in them different weights
         differ even where their answers do not.
         """
-        longest = max((len(e.payload) for e in batch), default=0) + self.max_new_tokens
-        if longest > model.context_length:
-            raise GateInconclusive(
-                f"a prompt and {self.max_new_tokens} new tokens are {longest} tokens, and the model's context holds "
-                f"{model.context_length}"
-            )
+        check_room(model, [e.payload for e in batch], self.max_new_tokens)
         answers = [tuple(model.generate(e.payload, self.max_new_tokens)) for e in batch]
         prompts = [e.payload for e in batch]
-        own = _nats_per_token(model, prompts, answers)
-        judged = own if reference is None else _nats_per_token(reference, prompts, answers)
+        own = nats_per_token(model, prompts, answers)
+        judged = own if reference is None else nats_per_token(reference, prompts, answers)
         return [_score(model, *row) for row in zip(batch, answers, own, judged, strict=True)]
 
     def display(self, loss: float) -> str:
@@ -121,7 +116,7 @@ class Generation(Census):
                 found[f"{whose}nats per token under the reference"] = sum(s.extra["judged"] for s in some) / len(some)
                 found[f"{whose}answers that ended"] = sum(s.extra["ended"] for s in some) / len(some)
                 found[f"{whose}tokens per answer"] = sum(len(s.positions) for s in some) / len(some)
-                found[f"{whose}distinct {GRAM}-grams"] = sum(distinct_share(_ids(s), GRAM) for s in some) / len(some)
+                found[f"{whose}distinct {GRAM}-grams"] = sum(distinct_share(ids(s), GRAM) for s in some) / len(some)
         return found
 
     def samples(
@@ -135,7 +130,7 @@ class Generation(Census):
         texts = dict(PROMPTS)
         ranked = sorted(zip(examples, new, old), key=lambda t: (t[2].total - t[1].total, _shared(t[2], t[1])))
         return [
-            Sample(example.id, texts[example.id], decode(_ids(theirs)), decode(_ids(ours)), _note(theirs, ours))
+            Sample(example.id, texts[example.id], decode(ids(theirs)), decode(ids(ours)), _note(theirs, ours))
             for example, ours, theirs in ranked[:SHOWN]
         ]
 
@@ -155,26 +150,6 @@ def _collapsed(tokens: Sequence[int], text: str) -> bool:
         return True
     repeats = len(tokens) >= MEANINGFUL and distinct_share(tokens, GRAM) < LEAST_DISTINCT
     return repeats or loops(tokens, SPAN, LONGEST)
-
-
-def _nats_per_token(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> list[float]:
-    """−ln P(answer | prompt) per token, in one pass each; NaN where a row of logits holds one."""
-    import torch
-
-    from compress.numerics.divergence import token_nll
-
-    windows = [[*prompt, *answer][:-1] for prompt, answer in zip(prompts, answers, strict=True)]
-    found = []
-    for rows, prompt, answer in zip(model.logits(windows), prompts, answers, strict=True):
-        nll = token_nll(rows[len(prompt) - 1 :], torch.tensor(answer))
-        found.append(float(nll.mean()))
-    return found
-
-
-def _ids(score: Score) -> list[int]:
-    return [int(token) for token in score.positions]
 
 
 def _shared(old: Score, new: Score) -> int:

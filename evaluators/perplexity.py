@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from compress.interfaces import Example, LanguageModel, Score
 from evaluators._perplexity import PerplexityIncrease
-from evaluators._windows import WindowEvaluator, flatten
+from evaluators._windows import WindowEvaluator, summed_nll
 
 
 class Perplexity(WindowEvaluator, PerplexityIncrease):
@@ -24,16 +24,5 @@ class Perplexity(WindowEvaluator, PerplexityIncrease):
         self, model: LanguageModel, batch: Sequence[Example], reference: LanguageModel | None = None
     ) -> list[Score]:
         """Summed negative log-likelihood in nats over scored tokens, per document."""
-        import torch
-
-        from compress.numerics.divergence import token_nll
-
-        logits = model.logits(flatten(model, batch))
-        scores = []
-        for example in batch:
-            total, weight = 0.0, 0
-            for window in example.payload:
-                nll = token_nll(next(logits)[:-1], torch.tensor(window[1:]))
-                total, weight = total + nll.sum().item(), weight + len(nll)
-            scores.append(Score(example.id, total, weight))
-        return scores
+        summed = summed_nll(model, batch)
+        return [Score(example.id, total, tokens) for example, (total, tokens) in zip(batch, summed, strict=True)]

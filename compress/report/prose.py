@@ -26,7 +26,12 @@ STATUS_WORDS = {
 _NAMES = {
     "perplexity": "perplexity",
     "divergence": "mean divergence",
+    "bits_per_byte": "bits per byte",
     "accuracy": "accuracy",
+    "robustness": "accuracy under perturbation",
+    "stereotypes": "preference for stereotypes",
+    "pronouns": "answers that depend on gender",
+    "text": "match with references",
     "generation": "collapsed generations",
     "long_context": "perplexity in long contexts",
     "latency": "time per token",

@@ -67,7 +67,7 @@ class Check:
         """What the examples are."""
         if self.metric in {"long_context", "latency"}:
             return "windows" if self.metric == "long_context" else "rounds"
-        return "documents" if self.metric in {"perplexity", "divergence"} else "examples"
+        return "documents" if self.metric in {"perplexity", "divergence", "bits_per_byte"} else "examples"
 
     def bounds(self, unit: bool = True) -> str:
         """The confidence bounds, rounded outward."""

@@ -118,3 +118,19 @@ def test_detectable_shrinks_with_samples_and_is_infinite_where_nothing_can_be_re
     assert detectable(500, 0.3, 0.01, MARGIN) > found[2]
     with pytest.raises(ValueError, match="n=0"):
         detectable(0, 0.3, 0.05, MARGIN)
+
+
+@pytest.mark.parametrize("kind", ["graded", "rare falls", "skewed"])
+def test_real_valued_losses_at_the_margin_pass_at_most_one_time_in_twenty(kind):
+    """Differences of graded answers are no flips; the margin is their true mean, and every look of 600 counts."""
+    rng = np.random.default_rng(1)
+    draws = {
+        # In four of five pairs nothing changes, in the others any score turns into any other.
+        "graded": (lambda n: np.where(rng.random(n) < 0.8, 0, rng.beta(0.5, 0.5, n) - rng.beta(0.5, 0.5, n)), 0.0),
+        "rare falls": (lambda n: np.where(rng.random(n) < MARGIN, 1.0, 0.0), MARGIN),
+        "skewed": (lambda n: rng.exponential(0.1, n).clip(0, 1), 0.1 * (1 - math.exp(-10))),
+    }
+    draw, mean = draws[kind]
+    runs = 1000
+    passed = sum(refuted(draw(600), mean, 0.05) for _ in range(runs))
+    assert passed / runs <= 0.05 + 2.33 * math.sqrt(0.05 * 0.95 / runs)  # one-sided 99 % of the binomial
