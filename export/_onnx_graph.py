@@ -236,10 +236,13 @@ class Surgeon:
 
 
 def standardize(model: Any) -> None:
-    """Express root-mean-square norms by the operator of ONNX opset 23.
+    """Express root-mean-square norms by the operator of ONNX opset 23, and name the builder's version alone.
 
-    The builder writes SimplifiedLayerNormalization into the ONNX domain, which no ONNX opset has.
+    The builder writes SimplifiedLayerNormalization into the ONNX domain, which no ONNX opset has, and the commit of
+    whatever git repository surrounds its installation into its version.
     """
+    if model.producer_version is not None:
+        model.producer_version = model.producer_version.partition("+")[0]
     for node in model.graph:
         if node.op_type == "SimplifiedLayerNormalization" and node.domain == "":
             node.op_type = "RMSNormalization"

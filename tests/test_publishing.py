@@ -95,7 +95,8 @@ for i, word in enumerate(sys.argv[2:]):
 def test_a_full_disk_leaves_no_half_written_artifact(tmp_path):
     cases = [f"{kind}:{limit}" for kind in ("gguf", "artifact") for limit in (0, 1000, 20_000, 150_000)] + ["onnx:1000"]
     words = [sys.executable, "-c", LIMITED, str(tmp_path), *cases, "gguf:9000000"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # a fork has none of its parent's threads, and would wait for them
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT, env=alone, timeout=300)
     *full, last = done.stdout.splitlines()
     assert full == [f"{case} 6 []" for case in cases], done.stderr
     assert last.startswith("gguf:9000000 0 ['README.md', ")

@@ -294,6 +294,14 @@ def test_exports_repeat_byte_for_byte(export: Callable[[str], Export], tmp_path:
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
+def test_a_graph_does_not_name_the_repository_around_it(export: Callable[[str], Export]) -> None:
+    import onnx
+    import onnxruntime_genai
+
+    graph = onnx.load(export("everything").path / "model.onnx", load_external_data=False)
+    assert graph.producer_version == onnxruntime_genai.__version__  # the builder adds the commit of what is checked out
+
+
 def copied(done: Export, folder: Path) -> Path:
     return Path(shutil.copytree(done.path, folder / "copy"))
 
