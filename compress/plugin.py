@@ -56,7 +56,8 @@ def summary(kind: str, name: str) -> str:
 
 def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
     """A hint for a misspelt word, or the list of what is known."""
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    sure = difflib.get_close_matches(word, known, n=1, cutoff=0.9)
+    close = sure or difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if not close:  # a bare last component is the commonest slip: "rtn" for "quantize.rtn"
         close = [name for name in known if name.rsplit(".", 1)[-1] == word]
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
