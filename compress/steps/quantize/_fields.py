@@ -61,15 +61,7 @@ class WeightQuantization(Step):
         """Refuse group sizes that do not divide and patterns that match nothing."""
         if isinstance(self.group_size, int) and self.group_size < 1:
             raise RecipeError(f'group_size={self.group_size}; expected a positive number or "channel"')
-        for pattern in self.keep:
-            if not any(fnmatchcase(name, pattern) for name in facts.linears):
-                raise RecipeError(f"keep: {pattern!r} matches no linear, e.g. {next(iter(facts.linears))}")
-        for name, encoding in self.encodings(facts).items():
-            if encoding.is_coded:
-                try:
-                    encoding.groups(facts.matrices[name][1])
-                except RecipeError as error:
-                    raise RecipeError(f"{name.removesuffix('.weight')}: {error}") from None
+        check_fit(facts, self.keep, self.encodings(facts))
 
     def encodings(self, facts: Facts) -> Mapping[str, Encoding]:
         """Encoding per tensor name; tensors left in float32 are absent."""
@@ -87,6 +79,19 @@ class WeightQuantization(Step):
             return Encoding(name)
         size = None if self.group_size == "channel" else self.group_size
         return Encoding(name, FIXED_GROUPS.get(name, size), name in CODEBOOK_BITS or self.symmetric)
+
+
+def check_fit(facts: Facts, keep: Mapping[str, object], encodings: Mapping[str, Encoding]) -> None:
+    """Raise RecipeError for a pattern that matches no linear, and for groups that do not divide the inputs."""
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in facts.linears):
+            raise RecipeError(f"keep: {pattern!r} matches no linear, e.g. {next(iter(facts.linears))}")
+    for name, encoding in encodings.items():
+        if encoding.is_coded:
+            try:
+                encoding.groups(facts.matrices[name][1])
+            except RecipeError as error:
+                raise RecipeError(f"{name.removesuffix('.weight')}: {error}") from None
 
 
 def refuse_encoded(model: Model, names: Mapping[str, Encoding]) -> None:

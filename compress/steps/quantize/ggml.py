@@ -10,9 +10,9 @@ from pydantic import Field
 
 from compress.architectures import Facts
 from compress.encodings import EncodedTensor, Encoding
-from compress.errors import NumericalError, RecipeError
+from compress.errors import NumericalError
 from compress.interfaces import Context, Step
-from compress.steps.quantize._fields import refuse_encoded
+from compress.steps.quantize._fields import check_fit, refuse_encoded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,15 +47,7 @@ class Ggml(Step):
 
     def check(self, facts: Facts) -> None:
         """Refuse blocks that do not divide the input channels, and patterns that match nothing."""
-        for pattern in self.keep:
-            if not any(fnmatchcase(name, pattern) for name in facts.linears):
-                raise RecipeError(f"keep: {pattern!r} matches no linear, e.g. {next(iter(facts.linears))}")
-        for name, encoding in self.encodings(facts).items():
-            if encoding.is_coded:
-                try:
-                    encoding.groups(facts.matrices[name][1])
-                except RecipeError as error:
-                    raise RecipeError(f"{name.removesuffix('.weight')}: {error}") from None
+        check_fit(facts, self.keep, self.encodings(facts))
 
     def encodings(self, facts: Facts) -> Mapping[str, Encoding]:
         """Encoding per tensor name; tensors left in float32 are absent."""
