@@ -1,19 +1,20 @@
-"""The plan: what is knowable of a recipe before weights load. Refuses what cannot work, predicts the rest."""
+"""The plan: what is knowable of a recipe before weights load, size, time, memory and the power of its gates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from compress.architectures import Facts
-from compress.data import Request, Split, split
+from compress.data import Split, split
 from compress.decisions import minimum_detectable
 from compress.encodings import Encoding
-from compress.errors import RecipeError
 from compress.interfaces import Documents, Evaluator, Step
 from compress.recipe import Recipe, StepEntry
+from compress.recipe_data import evaluation, requests
+from compress.refusals import check
 
 CHARACTERS_PER_TOKEN = 4.5  # of English text under vocabularies of 30,000 to 150,000 tokens
 
@@ -68,35 +69,6 @@ class Text:
     tokens: float
 
 
-def requests(recipe: Recipe) -> list[Request]:
-    """What a recipe asks of its data: calibration, selection, then each evaluation source."""
-    data = recipe.data
-    return [
-        Request("calibration", data.calibration.source, data.calibration.tokens, data.calibration.length),
-        Request("selection", data.selection.source, data.selection.tokens, data.selection.length),
-        *(Request("evaluation", s.source, None, s.length) for s in data.evaluation),
-    ]
-
-
-def check(recipe: Recipe, facts: Facts) -> list[str]:
-    """Warnings about the recipe on a model of these facts; raises RecipeError for what cannot work.
-
-    Every attempt is judged, since any of them may be the one that ships.
-    """
-    shapes = _shapes(recipe, facts)
-    for i, entry in enumerate(recipe.steps):
-        for path, step in _attempts(entry, i):
-            for before in shapes[i]:
-                _check_step(recipe, before, path, step)
-            _check_order(recipe, shapes[i], i, path, step)
-        _check_margins(recipe, i, entry)
-    _check_measurements(recipe, facts)
-    _check_rounded_once(recipe, shapes)
-    _check_refined(recipe, shapes)
-    _check_exports(recipe, shapes)
-    return [*_loosened(recipe), *_ungated(recipe)]
-
-
 def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     """The plan as data: predicted sizes, estimates of time and memory, and the power of each check.
 
@@ -147,211 +119,6 @@ def _describe_step(
         "gate_off": list(entry.gate_off),
         "otherwise": [{"name": step.name, **size} for step, size in zip(entry.otherwise, sizes[1:])],
     }
-
-
-def _attempts(entry: StepEntry, i: int) -> Iterator[tuple[tuple[str | int, ...], Step]]:
-    """Each attempt with its path in the recipe, up to the step's name."""
-    yield ("steps", i, entry.step.name), entry.step
-    for j, step in enumerate(entry.otherwise):
-        yield ("steps", i, "otherwise", j, step.name), step
-
-
-def _shapes(recipe: Recipe, facts: Facts) -> list[list[Facts]]:
-    """Before each step, and after the last, the facts that the model may have by then: any attempt may be accepted."""
-    found = [[facts]]
-    for entry in recipe.steps:
-        after: list[Facts] = []
-        for before in found[-1]:
-            for step in entry.attempts:
-                left = step.facts_after(before)
-                after += [left] if left not in after else []
-        found.append(after)
-    return found
-
-
-def _encodings(step: Step, shapes: Sequence[Facts]) -> dict[str, Encoding]:
-    """What the step stores on a model of any of these facts."""
-    return {name: encoding for facts in shapes for name, encoding in step.encodings(facts).items()}
-
-
-def _title(path: Sequence[str | int]) -> str:
-    """("steps", 1, "otherwise", 0, "quantize.rtn") as `steps[1] otherwise[0] quantize.rtn`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f" {part}" for part in path).lstrip()
-
-
-def _refusal(recipe: Recipe, path: Sequence[str | int], message: str) -> RecipeError:
-    return RecipeError(f"{recipe.place(*path)}  {_title(path)}: {message}")
-
-
-def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step: Step) -> None:
-    """The step's own judgement, and group sizes that must divide the input channels."""
-    try:
-        step.check(facts)
-        for name, encodings in step.possible(facts).items():
-            for encoding in encodings:
-                encoding.groups(facts.matrices[name][1])
-    except RecipeError as error:
-        raise _refusal(recipe, path, str(error)) from None
-
-
-def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[str | int, ...], step: Step) -> None:
-    """Codes are final: nothing may train, prune or round them again. Masks and codes fix the shapes."""
-    for k, earlier in enumerate(recipe.steps[:i]):
-        holding = next((attempt for attempt in earlier.attempts if attempt.packs or attempt.masks), None)
-        if step.reshapes and holding is not None:
-            held = "stored the weights in an encoding" if holding.packs else "pruned single weights"
-            message = f"changes shapes after steps[{k}] {holding.name} has {held}; move it before steps[{k}]"
-            raise _refusal(recipe, path, message)
-        if pruning := next((attempt for attempt in earlier.attempts if attempt.masks), None):
-            _check_zeros(recipe, path, step, shapes, f"steps[{k}] {pruning.name}")
-        packing = next((attempt for attempt in earlier.attempts if attempt.packs), None)
-        if packing is None:
-            continue
-        before = f"steps[{k}] {packing.name} has stored the weights in an encoding"
-        # A step that both trains and packs knows how to train around codes.
-        if step.recovers and not step.packs:
-            raise _refusal(recipe, path, f"trains after {before}; move it before steps[{k}]")
-        if step.masks:
-            raise _refusal(recipe, path, f"prunes after {before}; move it before steps[{k}]")
-
-
-def _check_zeros(
-    recipe: Recipe, path: tuple[str | int, ...], step: Step, shapes: Sequence[Facts], pruning: str
-) -> None:
-    """An encoding without a zero would resurrect pruned weights."""
-    chosen = ((name, e) for facts in shapes for name, some in step.possible(facts).items() for e in some)
-    for name, encoding in chosen:
-        if not encoding.holds_zero:
-            message = f"{name}: {encoding} holds no zero, and {pruning} has pruned weights; use int4 or mxfp4"
-            raise _refusal(recipe, path, message)
-
-
-def _check_rounded_once(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
-    """Tensors in codes cannot be rounded again."""
-    coded: dict[str, int] = {}
-    for i, entry in enumerate(recipe.steps):
-        for path, step in _attempts(entry, i):
-            twice = [name for name in _encodings(step, shapes[i]) if name in coded]
-            if twice:
-                first = f"stored as codes by steps[{coded[twice[0]]}] already"
-                remedy = "leave them to one step (keep: fp32, embeddings: null)"
-                raise _refusal(recipe, path, f"{twice[0]} and {len(twice) - 1} more are {first}; {remedy}")
-        for step in entry.attempts:
-            coded |= {name: i for name, e in _encodings(step, shapes[i]).items() if e.is_coded}
-
-
-def _check_refined(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
-    """What refines codes needs some, whichever attempts are accepted before it."""
-
-    def stores(entry: StepEntry, facts: Sequence[Facts]) -> bool:
-        return all(any(e.is_coded for e in _encodings(step, facts).values()) for step in entry.attempts)
-
-    for i, entry in enumerate(recipe.steps):
-        stored = any(stores(*pair) for pair in zip(recipe.steps[:i], shapes))
-        for path, step in _attempts(entry, i):
-            if step.refines and not stored:
-                message = "refines weights stored in codes, and no earlier step stores some in every attempt"
-                raise _refusal(recipe, path, f"{message}; quantize before it")
-
-
-def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
-    """A loss that a step may have and the release may not must be won back by a later step."""
-    if any(step.recovers for later in recipe.steps[i + 1 :] for step in later.attempts):
-        return
-    release = {c.name: c for c in recipe.release}
-    for c in entry.gate:
-        final = release.get(c.name)
-        # An exact quantity, a size, may still shrink; a parent's margin is another quantity after step 0.
-        if final is None or c.statistic == "exact" or (c.against == "parent" and i > 0):
-            continue
-        if c.margin > final.margin:
-            margins = f"its gate lets {c.name} lose {c.display(c.margin)}, release {c.display(final.margin)}"
-            remedy = "tighten the gate, or add a step that trains after this one"
-            message = f"{margins}, and no later step recovers quality; {remedy}"
-            raise _refusal(recipe, ("steps", i, entry.step.name), message)
-
-
-def _check_measurements(recipe: Recipe, facts: Facts) -> None:
-    for request in requests(recipe):
-        if request.length > facts.context_length:
-            problem = f"length={request.length} exceeds the model's context of {facts.context_length} tokens"
-            place = recipe.place("data", request.role)
-            raise RecipeError(f"{place}  data.{request.role}: {problem}")
-    for path, gate in _gates(recipe):
-        for c in gate:
-            if c.timed and path[0] != "export":
-                problem = "times artifacts in their runtimes, and this gate sees a model in torch"
-                raise _refusal(recipe, path, f"{c.name}: {problem}; move it to the gate of an export")
-            if c.window > facts.context_length:
-                problem = f"windows of {c.window} tokens exceed the model's context of {facts.context_length} tokens"
-                raise _refusal(recipe, path, f"{c.name}: {problem}")
-
-
-def _gates(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], Sequence[Evaluator]]]:
-    """Every gate with its path in the recipe."""
-    yield ("release",), recipe.release
-    yield from ((("steps", i), entry.gate) for i, entry in enumerate(recipe.steps))
-    yield from ((("export", i), entry.gate) for i, entry in enumerate(recipe.export))
-
-
-def _possible(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> dict[str, dict[Encoding, str]]:
-    """Tensor name → every encoding that it may end in, with the attempt that would store it."""
-    found = {name: {Encoding("fp32"): "no step"} for facts in shapes[0] for name in facts.matrices}
-    for i, entry in enumerate(recipe.steps):
-        after: dict[str, dict[Encoding, str]] = {name: {} for name in found}
-        for path, step in _attempts(entry, i):
-            stored: dict[str, dict[Encoding, str]] = {}
-            for facts in shapes[i]:
-                for name, encodings in step.possible(facts).items():
-                    stored.setdefault(name, {}).update(dict.fromkeys(encodings, _title(path)))
-            for name, before in found.items():
-                after[name].update(stored.get(name, before))
-        found = after
-    return {name: found[name] for facts in shapes[-1] for name in facts.matrices}
-
-
-def _check_exports(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
-    possible = _possible(recipe, shapes)
-    for i, entry in enumerate(recipe.export):
-        path = ("export", i, entry.exporter.name)
-        try:
-            for facts in shapes[-1]:
-                entry.exporter.check(facts)
-        except RecipeError as error:
-            raise _refusal(recipe, path, str(error)) from None
-        for name, encodings in possible.items():
-            for encoding, origin in encodings.items():
-                if reason := entry.exporter.refuses(encoding, name):
-                    raise _refusal(recipe, path, f"{reason} (stored by {origin})")
-
-
-def _loosened(recipe: Recipe) -> Iterator[str]:
-    """Exports whose own margins are wider than the release's, or that leave a release check out."""
-    release = {c.name: c for c in recipe.release}
-    for i, entry in enumerate(recipe.export):
-        label = f"export[{i}] {entry.exporter.name}"
-        for c in entry.gate:
-            if c.name in release and c.statistic != "exact" and c.margin > release[c.name].margin:
-                wider = f"{c.display(c.margin)}, release {c.display(release[c.name].margin)}"
-                yield f"{label}: {c.name} may lose {wider}"
-        yield from (f"{label}: {name} is off" for name in entry.gate_off)
-
-
-def _ungated(recipe: Recipe) -> Iterator[str]:
-    for i, entry in enumerate(recipe.steps):
-        label = f"steps[{i}] {entry.step.name}"
-        yield from (f"{label}: {name} is off" for name in entry.gate_off)
-        if not entry.gate:
-            yield f"{label}: no check judges this step alone, and its alternatives can never be tried"
-
-
-def evaluation(parts: Sequence[Split]) -> list[Documents]:
-    """The evaluation sources among the parts of a recipe's data, in gate order."""
-    return [
-        Documents(p.request.source, [(d.id, d.text) for d in p.documents], p.digest, p.request.length)
-        for p in parts
-        if p.request.role == "evaluation"
-    ]
 
 
 def _texts(parts: Sequence[Split]) -> list[Text]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import artifact, data, environment, exporting, lock, plan, publishing, source
+from compress import artifact, data, environment, exporting, lock, publishing, recipe_data, refusals, source
 from compress.decisions import combine
 from compress.errors import exit_code, one_line
 from compress.gate import GateResult
@@ -43,13 +43,13 @@ def apply(
     """
     reporter = reporter or Reporter()
     opened = source.download(source.resolve(recipe.model))
-    splits = data.split(plan.requests(recipe), recipe.seed)
+    splits = data.split(recipe_data.requests(recipe), recipe.seed)
     key = _run_key(recipe, source.digest(opened), [s.digest for s in splits])
     folder = run_dir or Path("runs") / f"{recipe.name}-{key[:12]}"
     if (finished := _finished(folder, key)) is not None:
         reporter.say(f"nothing to do: {folder} holds this very run, every file verified")
         return finished, folder
-    for warning in plan.check(recipe, source.facts(opened)):
+    for warning in refusals.check(recipe, source.facts(opened)):
         reporter.say(f"warning: {warning}")
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from compress import artifact, data, plan, provenance, recipe, record, sealing, source
+from compress import artifact, data, provenance, recipe, recipe_data, record, sealing, source
 from compress.errors import CompressError, Corrupt, RecipeError
 
 
@@ -69,7 +69,7 @@ def _origins(run: record.RunRecord, folder: Path) -> list[str]:
     lines = [_model(m["base_model"]) for m in manifests[:1]]
     hub = [part["source"] for part in run.data if str(part["source"]).startswith("hub:")]
     try:
-        found = [] if hub else data.split(plan.requests(asked), asked.seed)
+        found = [] if hub else data.split(recipe_data.requests(asked), asked.seed)
     except CompressError as error:
         return [*lines, f"data not checked: {error}"]
     lines += [f"data {name}: not downloaded, not checked" for name in dict.fromkeys(hub)]

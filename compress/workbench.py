@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, assay, data, environment, inspection, plan, source
+from compress import artifact, assay, data, environment, inspection, recipe_data, source
 from compress.assay import Assay
 from compress.errors import Corrupt, RecipeError
 from compress.gate import Gate, GateResult, Sizes
@@ -180,7 +180,7 @@ class Workbench:
 
     def evaluation(self) -> list[Documents]:
         """The evaluation sources, in gate order."""
-        return plan.evaluation(self.splits)
+        return recipe_data.evaluation(self.splits)
 
     def conditions(self, *datasets: Documents) -> dict[str, Any]:
         """What scores depend on besides the model and the check."""

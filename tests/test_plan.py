@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compress import plan
+from compress import plan, refusals
 from compress.architectures import Facts
 from compress.cli import _plan_lines
 from compress.decisions import minimum_detectable
@@ -44,14 +44,14 @@ def recipe(steps: str, head: str = HEAD, export: str = "") -> Recipe:
 
 def refusal(r: Recipe, facts: Facts = SMOL) -> str:
     with pytest.raises(RecipeError) as caught:
-        plan.check(r, facts)
+        refusals.check(r, facts)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_sound_recipe_has_nothing_to_warn_of() -> None:
     steps = "  - prune.wanda: {sparsity: 0.2}\n  - distill.logits: {tokens: 1024}\n  - quantize.gptq: {}\n"
-    assert plan.check(recipe(steps, export="export: [onnx: {}]\n"), SMOL) == []
+    assert refusals.check(recipe(steps, export="export: [onnx: {}]\n"), SMOL) == []
 
 
 # What cannot work
@@ -62,19 +62,19 @@ def test_a_margin_looser_than_the_release_needs_a_later_step_that_recovers() -> 
     message = refusal(recipe(wound + "  - quantize.rtn: {}\n"))
     assert message.startswith("recipe.yaml:9:5  steps[0] prune.wanda: its gate lets perplexity lose +12.0 %")
     assert "release +5.0 %" in message
-    assert plan.check(recipe(wound + "  - distill.logits: {}\n"), SMOL) == []
+    assert refusals.check(recipe(wound + "  - distill.logits: {}\n"), SMOL) == []
     healed_before = "  - distill.logits: {}\n" + wound
     assert refusal(recipe(healed_before)).startswith("recipe.yaml:10:5  steps[1] prune.wanda")
     # a size may shrink later without any training
     head = HEAD.replace("release: [", "release: [{footprint: {max_mb: 90}}, ")
     big = "  - prune.wanda: {}\n    gate: [{footprint: {max_mb: 600}}]\n  - quantize.rtn: {}\n"
-    assert plan.check(recipe(big.replace("{}\n    g", "{sparsity: 0.2}\n    g"), head), SMOL) == []
+    assert refusals.check(recipe(big.replace("{}\n    g", "{sparsity: 0.2}\n    g"), head), SMOL) == []
 
 
 def test_a_margin_against_the_parent_is_comparable_only_where_the_parent_is_the_baseline() -> None:
     loose = "    gate: [{perplexity: {max_increase: 9%, against: parent}}]\n"
     assert "no later step" in refusal(recipe("  - quantize.rtn: {}\n" + loose))
-    assert plan.check(recipe("  - prune.wanda: {sparsity: 0.2}\n  - quantize.rtn: {}\n" + loose), SMOL) == []
+    assert refusals.check(recipe("  - prune.wanda: {sparsity: 0.2}\n  - quantize.rtn: {}\n" + loose), SMOL) == []
 
 
 @pytest.mark.parametrize("attempt", ["step", "alternative"])
@@ -100,7 +100,7 @@ def test_nothing_trains_or_prunes_codes(late: str, verb: str, packing: str) -> N
     message = refusal(recipe(f"  - {packing}\n  - {late}\n"))
     name = packing.split(":")[0]
     assert message.startswith(f"recipe.yaml:10:5  steps[1] {late.split(':')[0]}: {verb} after steps[0] {name} has")
-    assert plan.check(recipe(f"  - {late}\n  - {packing}\n"), SMOL) == []
+    assert refusals.check(recipe(f"  - {late}\n  - {packing}\n"), SMOL) == []
 
 
 def test_an_encoding_without_zero_is_refused_after_pruning() -> None:
@@ -110,9 +110,9 @@ def test_an_encoding_without_zero_is_refused_after_pruning() -> None:
     assert "holds no zero, and steps[0] prune.wanda has pruned weights; use int4 or mxfp4" in message
     mixed = "  - quantize.mixed: {target_bits: 4.0, choices: [int3, iq4_nl], method: rtn}\n"
     assert "iq4_nl g32 holds no zero" in refusal(recipe(pruned + mixed))
-    assert plan.check(recipe(mixed), SMOL) == []
-    assert plan.check(recipe(pruned + "  - quantize.rtn: {encoding: mxfp4}\n"), SMOL) == []
-    assert plan.check(recipe("  - quantize.rtn: {encoding: iq4_nl}\n"), SMOL) == []
+    assert refusals.check(recipe(mixed), SMOL) == []
+    assert refusals.check(recipe(pruned + "  - quantize.rtn: {encoding: mxfp4}\n"), SMOL) == []
+    assert refusals.check(recipe("  - quantize.rtn: {encoding: iq4_nl}\n"), SMOL) == []
 
 
 NARROW, SHORT = "  - prune.neurons: {fraction: 0.25}\n", "  - prune.layers: {count: 3}\n"
@@ -130,12 +130,12 @@ def test_masks_and_codes_fix_the_shapes(reshaping: str, earlier: str, held: str)
         f"recipe.yaml:10:5  steps[1] {reshaping[4:].split(':')[0]}: changes shapes after steps[0]"
     )
     assert f"{name} has {held}" in message and message.endswith("move it before steps[0]")
-    assert plan.check(recipe(f"{reshaping}  - {earlier}\n"), SMOL) == []
+    assert refusals.check(recipe(f"{reshaping}  - {earlier}\n"), SMOL) == []
 
 
 def test_later_steps_are_judged_on_the_shapes_that_any_attempt_before_may_leave() -> None:
     keep = '  - quantize.rtn: {group_size: 48, keep: {"*.29.*": int8}}\n'  # 48 divides 576 and 1,536
-    assert plan.check(recipe(keep), SMOL) == []
+    assert refusals.check(recipe(keep), SMOL) == []
     odd = "  - prune.neurons: {fraction: 0.2, round_to: 8}\n"  # 1,232 channels
     message = refusal(recipe(odd + keep))
     assert message.startswith("recipe.yaml:10:5  steps[1] quantize.rtn: model.layers.0.mlp.down_proj: 1232 input")
@@ -143,7 +143,7 @@ def test_later_steps_are_judged_on_the_shapes_that_any_attempt_before_may_leave(
     assert "down_proj: 1232 input" in refusal(recipe(alternative.replace("    - p", "      - p") + keep))
     message = refusal(recipe(SHORT + keep))
     assert message.startswith("recipe.yaml:10:5  steps[1] quantize.rtn: keep: '*.29.*' matches no linear")
-    assert plan.check(recipe(SHORT + keep.replace("29", "26")), SMOL) == []
+    assert refusals.check(recipe(SHORT + keep.replace("29", "26")), SMOL) == []
 
 
 def test_an_exporter_is_asked_about_the_tensors_that_remain() -> None:
@@ -152,16 +152,16 @@ def test_an_exporter_is_asked_about_the_tensors_that_remain() -> None:
     assert "model.layers.29.self_attn.q_proj.weight: GGUF has no block" in refusal(recipe(last, export=export))
     two = '  - quantize.rtn: {encoding: int8}\n    otherwise:\n      - quantize.rtn: {keep: {"*.26.*": int3}}\n'
     assert "(stored by steps[1] otherwise[0]" in refusal(recipe(SHORT + two, export=export))
-    assert plan.check(recipe(SHORT + "  - quantize.rtn: {encoding: int8}\n", export=export), SMOL) == []
+    assert refusals.check(recipe(SHORT + "  - quantize.rtn: {encoding: int8}\n", export=export), SMOL) == []
 
 
 def test_codes_are_not_rounded_again() -> None:
     message = refusal(recipe("  - quantize.gptq: {}\n  - quantize.rtn: {}\n"))
     assert message.startswith("recipe.yaml:10:5  steps[1] quantize.rtn: model.layers.0.self_attn.q_proj.weight and 210")
     apart = '  - quantize.gptq: {embeddings: null}\n  - quantize.rtn: {keep: {"*": fp32}, embeddings: int8}\n'
-    assert plan.check(recipe(apart), SMOL) == []
+    assert refusals.check(recipe(apart), SMOL) == []
     # alternatives start from the same parent: they do not follow one another
-    assert plan.check(recipe("  - quantize.gptq: {}\n    otherwise:\n      - quantize.rtn: {}\n"), SMOL) == []
+    assert refusals.check(recipe("  - quantize.gptq: {}\n    otherwise:\n      - quantize.rtn: {}\n"), SMOL) == []
 
 
 @pytest.mark.parametrize("attempt", ["step", "alternative"])
@@ -173,7 +173,7 @@ def test_an_exporter_must_carry_the_final_encoding_of_every_attempt(attempt: str
     assert message.startswith("recipe.yaml:13:5  export[0] onnx: model.layers.0.self_attn.q_proj.weight: int4 g3")
     origin = "steps[0] quantize.rtn" if attempt == "step" else "steps[0] otherwise[0] quantize.rtn"
     assert message.endswith(f"(stored by {origin})")
-    assert plan.check(recipe(f"  - {good}\n", export="export:\n  - onnx: {}\n"), SMOL) == []
+    assert refusals.check(recipe(f"  - {good}\n", export="export:\n  - onnx: {}\n"), SMOL) == []
 
 
 def test_an_exporter_must_carry_every_choice_of_mixed_precision() -> None:
@@ -183,7 +183,7 @@ def test_an_exporter_must_carry_every_choice_of_mixed_precision() -> None:
     assert "int3" in message and message.endswith("(stored by steps[0] quantize.mixed)")
     steps = "  - quantize.mixed: {choices: [int4, int5, int8], target_bits: 5}\n"
     r = recipe(steps, export=export)
-    assert plan.check(r, SMOL) == []
+    assert refusals.check(r, SMOL) == []
     size = plan._size(SMOL, r.steps[0].step.encodings(SMOL))
     linears = sum(n * m for n, m in SMOL.linears.values())
     apart = 49152 * 576 * 8.5 + 61 * 576 * 32  # embeddings in int8, norms in float32
@@ -194,7 +194,10 @@ def test_an_exporter_must_carry_every_choice_of_mixed_precision() -> None:
 
 def test_scales_are_refined_only_where_codes_are_stored() -> None:
     scales = "  - quantize.scales: {tokens: 1024}\n"
-    assert plan.check(recipe(f"  - quantize.gptq: {{}}\n{scales}", export="export: [gguf: {}, onnx: {}]\n"), SMOL) == []
+    assert (
+        refusals.check(recipe(f"  - quantize.gptq: {{}}\n{scales}", export="export: [gguf: {}, onnx: {}]\n"), SMOL)
+        == []
+    )
     message = refusal(recipe(scales))
     assert message.startswith("recipe.yaml:9:5  steps[0] quantize.scales: refines weights stored in codes, and no ")
     either = "  - quantize.rtn: {}\n    otherwise:\n      - quantize.cast: {}\n"
@@ -202,7 +205,7 @@ def test_scales_are_refined_only_where_codes_are_stored() -> None:
     late = f"  - quantize.rtn: {{}}\n{scales}  - distill.logits: {{}}\n"
     assert "steps[2] distill.logits: trains after steps[0] quantize.rtn" in refusal(recipe(late))
     loose = "  - quantize.rtn: {}\n    gate: [{perplexity: {max_increase: 20%}}]\n"  # a wound that scales may heal
-    assert plan.check(recipe(loose + scales), SMOL) == []
+    assert refusals.check(recipe(loose + scales), SMOL) == []
 
 
 def test_an_exporter_judges_the_architecture() -> None:
@@ -224,7 +227,7 @@ def test_windows_must_fit_the_context() -> None:
 def test_what_is_off_or_looser_than_the_release_is_listed() -> None:
     steps = "  - quantize.rtn: {}\n    gate: off\n"
     export = "export:\n  - onnx: {}\n    gate: [{perplexity: {max_increase: 6%}}]\n"
-    warnings = plan.check(recipe(steps, export=export), SMOL)
+    warnings = refusals.check(recipe(steps, export=export), SMOL)
     assert warnings == [
         "export[0] onnx: perplexity may lose +6.0 %, release +5.0 %",
         "steps[0] quantize.rtn: perplexity is off",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress import plan, run
+from compress import refusals, run
 from compress.architectures import Facts
 from compress.errors import RecipeError
 from compress.gate import Gate
@@ -90,9 +90,9 @@ def test_a_model_that_cannot_be_timed_never_passes(deep):
 def test_only_exports_are_timed(place):  # noqa: F811
     facts = Facts.from_config(json.loads((place / "model" / "config.json").read_text()))
     timed = "[latency: {max_ratio: 0.6}]"
-    plan.check(load(place, f"[{{{INT8}}}]", f"[{{gguf: {{}}, gate: {timed}}}]"), facts)
+    refusals.check(load(place, f"[{{{INT8}}}]", f"[{{gguf: {{}}, gate: {timed}}}]"), facts)
     with pytest.raises(RecipeError, match=r"latency: times artifacts in their runtimes.*move it to the gate of an ex"):
-        plan.check(load(place, f"[{{{INT8}, gate: {timed}}}]", "[gguf: {}]"), facts)
+        refusals.check(load(place, f"[{{{INT8}, gate: {timed}}}]", "[gguf: {}]"), facts)
 
 
 def test_no_artifact_carries_what_the_clock_said(place, tmp_path):  # noqa: F811
