@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from compress.blocks import walk
 from compress.errors import NumericalError
 from compress.interfaces import Context
 from compress.model import Model
 from compress.numerics.divergence import divergence
 from compress.plugin import step
 from compress.steps.prune._depth import by_divergence
+from compress.steps.prune._removal import moments
 from compress.steps.prune._taylor import taylor_scores
 from tests.steps.test_structure import WINDOW, check_shapes, logits, reshaped, tiny_copy, windows
 from tests.tiny import tiny_model
@@ -33,6 +35,30 @@ def stream_error(model: Model, before: Model) -> float:
             new = model.module.base_model(window[None]).last_hidden_state
             total += float((new - before.module.base_model(window[None]).last_hidden_state).square().mean())
     return total
+
+
+# --- moments ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["self_attn.o_proj", "mlp.down_proj"])
+def test_a_token_counts_by_the_size_of_the_stream_it_is_added_to(reader):
+    model = tiny_model()
+    block = next(walk(model, windows()))
+    name = f"model.layers.0.{reader}"
+    H, nothing = moments(block, name, None)
+    assert nothing is None
+    parts = list(block.around(name))
+    wanted = [after + torch.linspace(-1, 1, after.shape[1]) for _, _, after in parts]
+    G, missing = moments(block, name, wanted)
+    plain, shifted, lacking = 0.0, 0.0, 0.0
+    for (X, _, after), target in zip(parts, wanted):
+        for x, y, z in zip(X.double(), after.double(), target.double()):
+            plain += torch.outer(x, x) / y.square().mean()
+            shifted += torch.outer(x, x) / z.square().mean()
+            lacking += torch.outer(z - y, x) / z.square().mean()
+    torch.testing.assert_close(H.double(), plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(G.double(), shifted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(missing.double(), lacking, rtol=1e-4, atol=1e-5)
 
 
 # --- heads ------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from compress.blocks import Block
     from compress.model import Model
 
+TINY = 1e-12  # of a root mean square: a stream of zeros divides by it
+
 Criterion = Literal["activation", "wanda", "taylor"]
 Update = Literal["none", "output", "stream"]
 
@@ -24,8 +26,9 @@ Update = Literal["none", "output", "stream"]
 class Removal(Step):
     """Channels between two linears of a submodule: what decides who stays, and the update of the linear that reads.
 
-    criterion: a channel's worth over the calibration tokens, with W the reading linear and X its inputs:
-    `activation` ‖W_:j‖₂ · ‖X_j‖₂, `wanda` Σ_i |W_ij| · ‖X_j‖₂, or `taylor` Σ_t |x_tj ∂L/∂x_tj|.
+    criterion: a channel's worth over the calibration tokens, with W the reading linear and X its inputs, each token's
+    divided by the size of the residual stream that it is added to: `activation` ‖W_:j‖₂ · ‖X_j‖₂, `wanda`
+    Σ_i |W_ij| · ‖X_j‖₂, or `taylor` Σ_t |x_tj ∂L/∂x_tj|, whose inputs are taken as they are.
     update: the reading linear's other weights are set by least squares, with a ridge towards their old values, to
     come nearest to its own old output on the present inputs (`output`), or to what brings the residual stream back
     to that of the model before this step (`stream`), which also makes up for what earlier blocks have lost.
@@ -88,20 +91,21 @@ def moments(block: Block, reader: str, wanted: Iterable[Tensor] | None) -> tuple
     """Σ x xᵀ (m, m) of a closing linear's inputs, and Σ d xᵀ (n, m), with d what the residual stream behind it lacks.
 
     wanted: that stream as it should be, (tokens, n) per batch; None: nothing is lacking, as None says in turn.
+    Each token counts by the inverse mean square of that stream: the norms that read it divide by its root, so that an
+    error weighs by what it adds to the stream, and the few tokens of massive activations do not decide for all.
     """
-    import torch
-
     from compress.numerics.hessian import Hessian
 
     linear = block.linears[reader]
     hessian = Hessian(linear.in_features)
-    if wanted is None:
-        block.observe(lambda names, X: hessian.add(X) if reader in names else None)
-        return hessian.matrix, None
-    missing = torch.zeros(linear.weight.shape)
-    for (X, _, after), target in zip(block.around(reader), wanted, strict=True):
-        hessian.add(X)
-        missing.addmm_((target - after).T, X)
+    missing = None if wanted is None else linear.weight.new_zeros(linear.weight.shape)
+    targets = None if wanted is None else iter(wanted)
+    for X, _, after in block.around(reader):
+        target = after if targets is None else next(targets)
+        size = target.square().mean(dim=1, keepdim=True).sqrt().clamp(min=TINY)
+        hessian.add(X / size)
+        if missing is not None:
+            missing.addmm_(((target - after) / size).T, X / size)
     return hessian.matrix, missing
 
 

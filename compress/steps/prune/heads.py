@@ -29,6 +29,7 @@ class Heads(Removal):
     """
 
     name: ClassVar[str] = "prune.heads"
+    version: ClassVar[int] = 2
 
     groups: int = Field(0, ge=0)
     queries: int = Field(0, ge=0)

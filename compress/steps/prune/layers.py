@@ -29,7 +29,7 @@ class Layers(Step):
     """
 
     name: ClassVar[str] = "prune.layers"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     reshapes: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 

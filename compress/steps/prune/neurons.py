@@ -29,7 +29,7 @@ class Neurons(Removal):
     """
 
     name: ClassVar[str] = "prune.neurons"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     fraction: float = Field(ge=0, lt=1, allow_inf_nan=False)
     round_to: int = Field(32, ge=1)
