@@ -16,6 +16,7 @@ from pydantic import Field
 from compress.encodings import Encoding
 from compress.interfaces import Context
 from compress.steps.quantize._fields import WeightQuantization, fit_grid, refuse_encoded, round_to_nearest
+from compress.steps.quantize._folding import fixed, fold
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +48,8 @@ class Awq(WeightQuantization):
         for block in walk(model, context.calibration, context.progress):
             moments = _second_moments(block)
             for source, readers in model.facts.folds(block.index):
-                if fixed := _fixed(model, source, readers, chosen):
-                    context.notes.append(f"{source}: not scaled, since {fixed} is stored in an encoding already")
+                if held := fixed(model, source, readers, chosen):
+                    context.notes.append(f"{source}: not scaled, since {held} is stored in an encoding already")
                     continue
                 s = self._best_scales(model, readers, moments[readers[0]], chosen)
                 fold(model, source, readers, s)
@@ -103,25 +104,6 @@ def output_error(W: Tensor, s: Tensor, H: Tensor, encoding: Encoding) -> float:
     grid = fit_grid(scaled, encoding, None, search=False)
     E = (grid.decode(grid.round(scaled)) - scaled).view(W.shape) / s
     return float((E @ H).mul_(E).sum())
-
-
-def fold(model: Model, source: str, readers: Sequence[str], s: Tensor) -> None:
-    """Divide the output channels of `source` by s (m,) and multiply the columns of its readers: the same function."""
-    import torch
-
-    with torch.no_grad():
-        for parameter in model.module.get_submodule(source).parameters(recurse=False):  # weight and bias
-            parameter.div_(s if parameter.dim() == 1 else s.unsqueeze(1))
-        for name in readers:
-            model.parameter(f"{name}.weight").mul_(s)
-    model.touch()
-
-
-def _fixed(model: Model, source: str, readers: Sequence[str], chosen: Mapping[str, Encoding]) -> str | None:
-    """A tensor that a fold would have to change, and that an earlier step has stored for good; or None."""
-    own = [f"{source}.{name}" for name, _ in model.module.get_submodule(source).named_parameters(recurse=False)]
-    touched = [*own, *(f"{name}.weight" for name in readers)]
-    return next((name for name in touched if name in model.encoded and name not in chosen), None)
 
 
 def _second_moments(block: Block) -> dict[str, Tensor]:
