@@ -2,7 +2,8 @@
 
 model.safetensors   <module>.codes .scales .zero_points .mask; other tensors under their own names
 config.json, generation_config.json, tokenizer files
-compression.json    encodings and shapes, sizes, sha256 of every other file and of itself (see `compress.sealing`)
+compression.json    encodings and shapes, rounding of inputs and cache, sizes, sha256 of every other file and of
+                    itself (see `compress.sealing`)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from compress import sealing
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt, UnsafeInput
 from compress.publishing import publish, staging
+from compress.rounding import from_json, to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +56,7 @@ def _fill(model: Model, folder: Path) -> None:
         "name": model.name,
         "model_digest": model.digest,
         "encodings": encodings,
+        **({"rounding": rounding} if (rounding := to_json(model.inputs, model.cache)) else {}),
         "parameters": sum(p.numel() for p in model.module.parameters()),
         "bits_per_weight": bits_per_weight(model),
         "size_bytes": (folder / "model.safetensors").stat().st_size,
@@ -71,12 +74,15 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def encodings(folder: Path) -> dict[str, str]:
-    """The encoding of every module whose weight is stored in one, as text."""
-    found = manifest(folder)["encodings"]
-    return {
-        name.removesuffix(".weight"): str(Encoding(spec["name"], spec["group_size"], spec["symmetric"]))
-        for name, spec in found.items()
-    }
+    """The encoding of every module whose weight is stored in one, as text, and how its inputs are rounded, if so."""
+    facts = manifest(folder)
+    inputs, _ = from_json(facts.get("rounding", {}))
+    found = {}
+    for name, spec in facts["encodings"].items():
+        module = name.removesuffix(".weight")
+        stored = str(Encoding(spec["name"], spec["group_size"], spec["symmetric"]))
+        found[module] = f"{stored}, {inputs[module]}" if module in inputs else stored
+    return found
 
 
 def digest(folder: Path) -> str:
@@ -123,6 +129,7 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = Model(module, tokenizer, dtype, name=facts["name"])
     model.encoded, model.masks = encoded, masks
+    _round(model, facts.get("rounding", {}))
     if model.digest != facts["model_digest"]:
         raise Corrupt(f"{folder}: its tensors are not those that were saved")
     return model
@@ -194,6 +201,17 @@ def _read_encoded(name: str, spec: Mapping[str, Any], tensors: Mapping[str, Tens
     if encoding.is_coded:
         codes = unpack(codes, encoding.bits, tuple(spec["shape"]), signed=encoding.signed)
     return EncodedTensor(encoding, codes, tensors.get(f"{module}.scales"), tensors.get(f"{module}.zero_points"))
+
+
+def _round(model: Model, found: Mapping[str, Any]) -> None:
+    """Let the model round what its manifest says; raises Corrupt for a linear that it does not have."""
+    inputs, cache = from_json(found)
+    if unknown := inputs.keys() - model.facts.linears.keys():
+        raise Corrupt(f"the inputs of {min(unknown)} are to be rounded, and the model has no such linear")
+    for name, rounding in inputs.items():
+        model.round_inputs(name, rounding)
+    if cache is not None:
+        model.round_cache(cache)
 
 
 def _read_masks(tensors: Mapping[str, Tensor], module: Any) -> dict[str, Tensor]:

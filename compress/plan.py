@@ -12,7 +12,7 @@ from compress.data import Request, Split, split
 from compress.decisions import minimum_detectable
 from compress.encodings import Encoding
 from compress.errors import RecipeError
-from compress.interfaces import Documents, Evaluator, Step
+from compress.interfaces import Documents, Evaluator, Exporter, Step
 from compress.recipe import Recipe, StepEntry
 
 CHARACTERS_PER_TOKEN = 4.5  # of English text under vocabularies of 30,000 to 150,000 tokens
@@ -202,6 +202,10 @@ def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[st
             held = "stored the weights in an encoding" if holding.packs else "pruned single weights"
             message = f"changes shapes after steps[{k}] {holding.name} has {held}; move it before steps[{k}]"
             raise _refusal(recipe, path, message)
+        rounding = next((a for a in earlier.attempts if a.cache() or any(a.inputs(facts) for facts in shapes)), None)
+        if step.recovers and rounding is not None:
+            message = f"trains after steps[{k}] {rounding.name} rounds what the model computes, which has no gradient"
+            raise _refusal(recipe, path, f"{message}; move it before steps[{k}]")
         if pruning := next((attempt for attempt in earlier.attempts if attempt.masks), None):
             _check_zeros(recipe, path, step, shapes, f"steps[{k}] {pruning.name}")
         packing = next((attempt for attempt in earlier.attempts if attempt.packs), None)
@@ -323,6 +327,21 @@ def _check_exports(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
             for encoding, origin in encodings.items():
                 if reason := entry.exporter.refuses(encoding, name):
                     raise _refusal(recipe, path, f"{reason} (stored by {origin})")
+        for reason in _unrounded(recipe, shapes, entry.exporter):
+            raise _refusal(recipe, path, reason)
+
+
+def _unrounded(recipe: Recipe, shapes: Sequence[Sequence[Facts]], exporter: Exporter) -> Iterator[str]:
+    """What some attempt lets the gated model round while it runs, and the exporter's runtime would not."""
+    for i, entry in enumerate(recipe.steps):
+        for path, step in _attempts(entry, i):
+            if (cache := step.cache()) and (reason := exporter.refuses_cache(cache)):
+                yield f"{reason} (by {_title(path)})"
+            for facts in shapes[i]:
+                stored = step.encodings(facts)
+                for linear, rounding in step.inputs(facts).items():
+                    if reason := exporter.refuses_inputs(rounding, stored[f"{linear}.weight"], linear):
+                        yield f"{reason} (by {_title(path)})"
 
 
 def _loosened(recipe: Recipe) -> Iterator[str]:

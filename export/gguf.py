@@ -14,6 +14,7 @@ from compress.architectures import ARCHITECTURES, Facts
 from compress.encodings import GGML_BLOCKS, EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
 from compress.interfaces import Exporter, LanguageModel
+from compress.rounding import InputRounding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,6 +79,16 @@ class Gguf(Exporter):
             return f"{tensor}: {encoding} does not fit q4_1 (scale * zero point is not a float16); use symmetric"
         if encoding.group_size is not None and encoding.group_size % BLOCK:
             return f"{tensor}: group_size={encoding.group_size} is no multiple of GGUF's 32; use group_size=32"
+        return None
+
+    def refuses_inputs(self, rounding: InputRounding, encoding: Encoding, linear: str) -> str | None:
+        """Any scales but those of blocks: llama.cpp always rounds what products with Q8_0 read, in blocks of 32."""
+        if rounding.scheme != "block":
+            return f"{linear}: llama.cpp rounds inputs in blocks of 32, not {rounding}; use activations: block"
+        return None
+
+    def stored_inputs(self, path: Path) -> None:
+        """Nothing that a file would say: llama.cpp rounds every input."""
         return None
 
     def check(self, facts: Facts) -> None:
