@@ -87,11 +87,11 @@ def describe(
 
 
 def weights_exact(model: Model, exporter: Exporter, path: Path) -> bool:
-    """Whether every tensor and fixed scale of the model, read back from the files, is bit for bit what was gated."""
+    """Whether tensors, fixed scales and cache types of the model, read back from the files, are what was gated."""
     import torch
 
     inputs = exporter.stored_inputs(path)
-    if inputs is not None and inputs != model.inputs:
+    if (inputs is not None and inputs != model.inputs) or exporter.stored_cache(path) != model.cache:
         return False
     expected = dict(model.tensors())
     for name, found in exporter.stored(path):

@@ -368,6 +368,14 @@ class Exporter(Plugin, ABC):
         """The rounding of inputs, read back from the files; None where the runtime rounds without being told."""
         return {}
 
+    def stored_cache(self, path: Path) -> CacheRounding | None:
+        """The types of the key-value cache that the files ask for; None for floats."""
+        return None
+
+    def usage_of(self, cache: CacheRounding | None) -> Mapping[str, str]:
+        """`usage` for a model whose cache is rounded, or not."""
+        return self.usage
+
     def check(self, facts: Facts) -> None:
         """Refuse, before weights load, an architecture this exporter cannot write; raises RecipeError."""
 

@@ -163,12 +163,13 @@ class Surgeon:
     def _rounded_inputs(self, x: Any, rounding: InputRounding) -> tuple[Any, Any]:
         """Codes of x as uint8 around 128, and their scale: one number, or one per token (…, 1).
 
-        Linears that share an input share its codes.
+        Linears that share an input and its scale share its codes.
         """
         import onnx_ir as ir
 
         label = f"{x.name}.{rounding.scheme}"
         if rounding.scheme == "static":
+            label += f".{rounding.scale}"
             scale = self._constant(f"{label}.scale", rounding.scale, "float32")
             middle = self._constant("middle.uint8", 128, "uint8")
             return self._derive("QuantizeLinear", f"{label}.codes", [x, scale, middle]), scale

@@ -14,7 +14,8 @@ from compress.architectures import ARCHITECTURES, Facts
 from compress.encodings import GGML_BLOCKS, EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
 from compress.interfaces import Exporter, LanguageModel
-from compress.rounding import InputRounding
+from compress.rounding import CacheRounding, InputRounding
+from export import _gguf_cache
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +88,19 @@ class Gguf(Exporter):
             return f"{linear}: llama.cpp rounds inputs in blocks of 32, not {rounding}; use activations: block"
         return None
 
+    def refuses_cache(self, rounding: CacheRounding) -> None:
+        """None of them: the file names the types, and `open` takes them; other programs need an option."""
+
+    def stored_cache(self, path: Path) -> CacheRounding | None:
+        """The types that the file names."""
+        from export import _llama_cpp
+
+        return _gguf_cache.types({key: f.contents() for key, f in _llama_cpp.read(path).fields.items()})
+
+    def usage_of(self, cache: CacheRounding | None) -> Mapping[str, str]:
+        """The lines that load the file, with the options for its cache."""
+        return self.usage if cache is None else _gguf_cache.usage(cache)
+
     def stored_inputs(self, path: Path) -> None:
         """Nothing that a file would say: llama.cpp rounds every input."""
         return None
@@ -124,6 +138,9 @@ class Gguf(Exporter):
             writer.add_name(model.name)
             _gguf_vocabulary.add(writer, model.tokenizer, model.vocabulary_size, model.eos_ids)
             self._add_tensors(writer, model, dialect)
+            if model.cache is not None:
+                writer.add_string(_gguf_cache.KEYS, model.cache.keys)
+                writer.add_string(_gguf_cache.VALUES, model.cache.values)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()

@@ -72,7 +72,9 @@ class Onnx(Exporter):
                 "use activations: dynamic or static"
             )
         if encoding.name != "int8" or not encoding.symmetric or encoding.group_size is not None:
-            return f"{linear}: onnxruntime multiplies int8 with one scale per row, not {encoding}; use group_size: channel"
+            return (
+                f"{linear}: onnxruntime multiplies int8 with one scale per row, not {encoding}; use group_size: channel"
+            )
         return None
 
     def check(self, facts: Facts) -> None:
