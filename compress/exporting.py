@@ -72,8 +72,8 @@ def refuse_rounding(model: Model, exporter: Exporter) -> None:
     """Raise RecipeError where the runtime would not round what the model rounds while it runs."""
     reasons = [] if model.cache is None else [exporter.refuses_cache(model.cache)]
     for linear, rounding in model.inputs.items():
-        held = model.encoded.get(f"{linear}.weight")
-        reasons.append(exporter.refuses_inputs(rounding, held.encoding if held else Encoding("fp32"), linear))
+        held = model.encoding(f"{linear}.weight") or Encoding("fp32")
+        reasons.append(exporter.refuses_inputs(rounding, held, linear))
     if reason := next(filter(None, reasons), None):
         raise RecipeError(f"export {exporter.name}: {reason}")
 
@@ -93,11 +93,12 @@ def weights_exact(model: Model, exporter: Exporter, path: Path) -> bool:
     inputs = exporter.stored_inputs(path)
     if (inputs is not None and inputs != model.inputs) or exporter.stored_cache(path) != model.cache:
         return False
-    expected = dict(model.tensors())
+    expected = {name for name, _ in model.module.named_parameters()}
     for name, found in exporter.stored(path):
         if name not in expected:
             return False
-        wanted = expected.pop(name)
+        expected.remove(name)
+        wanted = model.tensor(name)
         if isinstance(wanted, EncodedTensor) and isinstance(found, EncodedTensor):
             if not same_stored(wanted, found):
                 return False

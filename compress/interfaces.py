@@ -136,6 +136,7 @@ class Step(Plugin, ABC):
     masks: ClassVar[bool] = False  # leaves masks that later steps must keep
     refines: ClassVar[bool] = False  # changes what an earlier step has stored in codes, and can do nothing without
     reshapes: ClassVar[bool] = False  # leaves smaller tensors: no mask or code may stand for the old ones
+    streams: ClassVar[bool] = False  # takes block by block, each once, so that a model larger than memory will do
     uses_calibration: ClassVar[bool] = False
     uses_selection: ClassVar[bool] = False
 
@@ -346,6 +347,7 @@ class Exporter(Plugin, ABC):
 
     runtime: ClassVar[str]
     extra: ClassVar[str]  # the optional dependency group that provides the runtime
+    streams: ClassVar[bool] = False  # writes tensor by tensor, so that a model larger than memory will do
     # For the model card: runtime → the line that loads the artifact; "{file}" stands for its largest file.
     usage: ClassVar[Mapping[str, str]] = {}
 

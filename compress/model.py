@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from compress.architectures import Facts
 from compress.attention import IMPLEMENTATIONS, round_cache
 from compress.batching import batches, consecutive
 from compress.branching import Branches, by_windows
-from compress.encodings import EncodedTensor
+from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, NumericalError, RecipeError
 from compress.numerics.affine import finite
 from compress.numerics.trie import Trie, trie, visible
 from compress.rounding import CacheRounding, InputRounding, to_json
+
+if TYPE_CHECKING:
+    from compress.streaming import Shelf
 
 ROWS_OF_HEAD = 256  # of logits at a time: 50 MB at 49,152 tokens of vocabulary
 RECALLED_BYTES = 96 * 2**20  # of hidden states: 40,000 tokens at a width of 576
@@ -54,7 +57,7 @@ class Model:
     the decoded encoding. encoded, masks: by tensor name, as in `named_parameters`. dtype: of matrix products
     in evaluation ("float32" or "bfloat16"); weights stay float32. name: for people, never part of the digest.
     inputs, cache: what every forward pass rounds, besides; inputs by name of the linear.
-    recalled: set where the same windows will be asked for again.
+    recalled: set where the same windows will be asked for again. shelf: of a model whose blocks are on disk.
     """
 
     def __init__(
@@ -64,12 +67,14 @@ class Model:
         dtype: str = "float32",
         name: str = "model",
         tokens_per_batch: int = 4096,
+        shelf: Shelf | None = None,
     ):
         self.module = module.eval()
         self.name = name
         self.tokenizer = tokenizer
         self.facts = Facts.from_config(module.config.to_dict())
-        self.encoded: dict[str, EncodedTensor] = {}
+        self.shelf = shelf
+        self.encoded: MutableMapping[str, EncodedTensor] = {} if shelf is None else shelf.encoded
         self.masks: dict[str, Tensor] = {}
         self.inputs: dict[str, InputRounding] = {}
         self.cache: CacheRounding | None = None
@@ -82,9 +87,17 @@ class Model:
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter called `name`, e.g. "model.layers.0.mlp.up_proj.weight"."""
+        if self.shelf is not None and (block := self.shelf.index(name)) is not None:
+            self.shelf.need(block)
         parameter = self.module.get_parameter(name)
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+    def encoding(self, name: str) -> Encoding | None:
+        """The encoding of a tensor, None for float32, without reading it."""
+        if self.shelf is not None:
+            return self.shelf.encoded.encodings.get(name)
+        return self.encoded[name].encoding if name in self.encoded else None
 
     @torch.no_grad()
     def store(self, name: str, encoded: EncodedTensor) -> None:
@@ -126,11 +139,17 @@ class Model:
         """Forget the digest and what was computed: weights have changed."""
         self._digest = None
         self.recalled = None
+        if self.shelf is not None:
+            self.shelf.changed()
 
     def tensors(self) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
         """Every stored tensor once, in module order; a head tied to the embedding is left out."""
-        for name, parameter in self.module.named_parameters():
-            yield name, self.encoded.get(name, parameter.detach())
+        for name in [name for name, _ in self.module.named_parameters()]:
+            yield name, self.tensor(name)
+
+    def tensor(self, name: str) -> EncodedTensor | Tensor:
+        """The stored form of one tensor."""
+        return self.encoded[name] if name in self.encoded else self.parameter(name).detach()
 
     @property
     def digest(self) -> str:
@@ -160,7 +179,7 @@ class Model:
     @property
     def compute(self) -> str:
         """Weight dtype and precision of matrix products."""
-        kinds = sorted({str(e.encoding) for e in self.encoded.values()}) or ["float32"]
+        kinds = sorted({str(self.encoding(name)) for name in self.encoded}) or ["float32"]
         rounded = sorted({str(r) for r in (*self.inputs.values(), *([self.cache] if self.cache else []))})
         return ", ".join([f"{' + '.join(kinds)} weights", *rounded, f"{self.dtype} products"])
 
@@ -320,6 +339,8 @@ class Model:
     def close(self) -> None:
         """Drop the weights."""
         del self.module
+        if self.shelf is not None:
+            self.shelf.close()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")

@@ -90,6 +90,8 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
                 _check_step(recipe, before, path, step)
             _check_order(recipe, shapes[i], i, path, step)
         _check_margins(recipe, i, entry)
+    if recipe.streaming:
+        _check_streaming(recipe)
     _check_measurements(recipe, facts)
     _check_rounded_once(recipe, shapes)
     _check_refined(recipe, shapes)
@@ -275,6 +277,23 @@ def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
             raise _refusal(recipe, ("steps", i, entry.step.name), message)
 
 
+def _check_streaming(recipe: Recipe) -> None:
+    """What reads a model out of order, or holds all of it, has no place where one block is in memory."""
+    for i, entry in enumerate(recipe.steps):
+        for path, step in _attempts(entry, i):
+            if not step.streams:
+                message = "streaming: this step needs the whole model in memory; the steps quantize.rtn, gptq, awq, hqq"
+                raise _refusal(recipe, path, f"{message}, smoothquant and cast do not")
+    for i, export in enumerate(recipe.export):
+        if not export.exporter.streams:
+            message = "streaming: this format is written from the whole model in memory; export to gguf"
+            raise _refusal(recipe, ("export", i, export.exporter.name), message)
+    for path, gate in _gates(recipe):
+        if writing := next((c for c in gate if c.written and path[0] != "export"), None):
+            message = f"streaming: {writing.name} writes token by token, and each would read every block from disk"
+            raise _refusal(recipe, path, f"{message}; move it to the gate of an export")
+
+
 def _check_measurements(recipe: Recipe, facts: Facts) -> None:
     for request in requests(recipe):
         if request.length > facts.context_length:
@@ -420,6 +439,11 @@ def _gate_seconds(entry: StepEntry, facts: Facts, datasets: Sequence[Documents])
 
 def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
     weights = 4 * facts.parameters
+    if recipe.streaming:  # embeddings, and a block with what rounding it takes
+        outside = sum(
+            n * m for name, (n, m) in facts.matrices.items() if name.removesuffix(".weight") not in facts.linears
+        )
+        weights = 4 * (outside + 2 * (facts.parameters - outside) // facts.layers)
     longest = max(request.length for request in requests(recipe))
     rows = max(2 * longest, *(c.window for c in (*entry.gate, *recipe.release)))  # a fixed set is read by one at a time
     total = LIBRARY_BYTES + 2 * weights + 4 * rows * facts.vocabulary

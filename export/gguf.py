@@ -63,6 +63,7 @@ class Gguf(Exporter):
     name = "gguf"
     runtime = "llama.cpp"
     extra = "gguf"
+    streams = True
     usage = {
         "llama.cpp": "llama-cli -m {file} -cnv",
         "llama-cpp-python": 'llama_cpp.Llama("{file}")',
@@ -131,7 +132,7 @@ class Gguf(Exporter):
 
         self.check(model.facts)
         dialect = DIALECTS[model.facts.architecture.model_type]
-        writer = GGUFWriter(out / FILE, dialect.name)
+        writer = GGUFWriter(out / FILE, dialect.name, use_temp_file=model.shelf is not None)
         try:
             config = model.module.config
             _add_shape(writer, config.to_dict(), model.facts)

@@ -13,6 +13,7 @@ LAYERS = [
     ("compress.numerics",),
     ("compress.encodings", "compress.architectures", "compress.rounding"),
     ("compress.attention",),
+    ("compress.storage", "compress.streaming"),
     ("compress.model", "compress.source", "compress.permutation"),
     ("compress.data", "compress.artifact", "compress.blocks", "compress.lineage"),
     ("compress.interfaces",),

@@ -28,6 +28,7 @@ class KvCache(Step):
     """
 
     name: ClassVar[str] = "quantize.kv_cache"
+    streams: ClassVar[bool] = True
 
     keys: Literal["int8", "int4"] = "int8"
     values: Literal["int8", "int4"] = "int8"
