@@ -176,10 +176,10 @@ def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
     stored in these. Raises RecipeError, NetworkError, UnsafeInput or Corrupt, each naming the file.
     """
     source = download(resolve(spec))
+    if streaming and source.kind == "gguf":
+        raise RecipeError(f"model {spec}: streaming reads a folder of safetensors, and this is a GGUF file")
     facts(source)  # an unsupported architecture is refused before any weight is read
     if source.kind == "gguf":
-        if streaming:
-            raise RecipeError(f"model {spec}: streaming reads a folder of safetensors, and this is a GGUF file")
         return _load_gguf(source, dtype)
     if streaming:
         return _stream_folder(source, dtype)
