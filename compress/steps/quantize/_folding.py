@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from compress.encodings import Encoding
+from compress.interfaces import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,14 @@ def fold(model: Model, source: str, readers: Sequence[str], s: Tensor) -> None:
         for name in readers:
             model.parameter(f"{name}.weight").mul_(s)
     model.touch()
+
+
+def note_silence(context: Context, linear: str, magnitudes: Tensor) -> None:
+    """Tell how many input channels of a linear calibration has not heard; magnitudes: (m,), of the inputs."""
+    if silent := int((magnitudes == 0).sum()):
+        context.notes.append(
+            f"{linear}: {silent} of {len(magnitudes)} input channels are silent on the calibration data"
+        )
 
 
 def fixed(model: Model, source: str, readers: Sequence[str], chosen: Mapping[str, Encoding]) -> str | None:

@@ -16,7 +16,7 @@ from pydantic import Field
 from compress.encodings import Encoding
 from compress.interfaces import Context
 from compress.steps.quantize._fields import WeightQuantization, fit_grid, refuse_encoded, round_to_nearest
-from compress.steps.quantize._folding import fixed, fold
+from compress.steps.quantize._folding import fixed, fold, note_silence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class Awq(WeightQuantization):
         chosen = self.encodings(model.facts)
         refuse_encoded(model, chosen)
         for block in walk(model, context.calibration, context.progress):
-            moments = _second_moments(block)
+            moments = _second_moments(block, context)
             for source, readers in model.facts.folds(block.index):
                 if held := fixed(model, source, readers, chosen):
                     context.notes.append(f"{source}: not scaled, since {held} is stored in an encoding already")
@@ -106,10 +106,16 @@ def output_error(W: Tensor, s: Tensor, H: Tensor, encoding: Encoding) -> float:
     return float((E @ H).mul_(E).sum())
 
 
-def _second_moments(block: Block) -> dict[str, Tensor]:
+def _second_moments(block: Block, context: Context) -> dict[str, Tensor]:
     """Σ xxᵀ over the calibration tokens, (m, m), per linear; those of a stage share one."""
     from compress.numerics.hessian import Hessian
 
     hessians = {names: Hessian(block.linears[names[0]].in_features) for names in block.stages}
     block.observe(lambda names, X: hessians[names].add(X))
+    for names, hessian in hessians.items():
+        note_silence(context, names[0], hessian.matrix.diagonal())
+        if block.index == 0 and hessian.tokens < len(hessian.matrix):
+            context.notes.append(
+                f"{names[0]}: {hessian.tokens} calibration tokens for {len(hessian.matrix)} input channels"
+            )
     return {name: H for names, hessian in hessians.items() for H in (hessian.matrix,) for name in names}

@@ -20,7 +20,7 @@ from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.rounding import InputRounding, Scheme
 from compress.steps.quantize._fields import WeightQuantization, refuse_encoded, round_to_nearest
-from compress.steps.quantize._folding import fixed, fold
+from compress.steps.quantize._folding import fixed, fold, note_silence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +77,8 @@ class SmoothQuant(WeightQuantization):
         rounded = self.inputs(model.facts)
         for block in walk(model, context.calibration, context.progress):
             seen = _observe(block)
+            for names in block.stages:
+                note_silence(context, names[0], seen[names[0]].largest)
             for source, readers in model.facts.folds(block.index):
                 if not rounded.keys() & set(readers):
                     continue
