@@ -2,7 +2,8 @@
 
 model.safetensors   <module>.codes .scales .zero_points .mask; other tensors under their own names
 config.json, generation_config.json, tokenizer files
-compression.json    encodings and shapes, sizes, sha256 of every other file and of itself (see `compress.sealing`)
+compression.json    encodings and shapes, rounding of inputs and cache, sizes, sha256 of every other file and of
+                    itself (see `compress.sealing`)
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,16 @@ from compress import sealing
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt, UnsafeInput
 from compress.publishing import publish, staging
+from compress.rounding import from_json, to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.model import Model
+    from compress.streaming import Shelf
 
 MANIFEST = sealing.FILE
+WEIGHTS = "model.safetensors"
 SCHEMA = "compress.artifact/2"
 
 
@@ -40,10 +44,19 @@ def save(model: Model, folder: Path, keep: bool = False) -> str:
 
 
 def _fill(model: Model, folder: Path) -> None:
+    import torch
     from safetensors.torch import save_file
 
-    tensors, encodings = _flatten(model)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    from compress.numerics.packing import pack
+    from compress.storage import flatten
+
+    encodings: dict[str, Any] = {}
+    for file, tensors in _files(model):
+        entries, specs = flatten(tensors)
+        if file == WEIGHTS:
+            entries |= {f"{n.removesuffix('.weight')}.mask": pack(m.to(torch.uint8), 1) for n, m in model.masks.items()}
+        save_file(entries, folder / file, metadata={"format": "pt"})
+        encodings |= specs
     config = {**model.module.config.to_dict(), "dtype": "float32", "architectures": [type(model.module).__name__]}
     config.pop("_name_or_path", None)  # where it was loaded from is no part of it
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str))
@@ -54,12 +67,30 @@ def _fill(model: Model, folder: Path) -> None:
         "name": model.name,
         "model_digest": model.digest,
         "encodings": encodings,
+        **({"rounding": rounding} if (rounding := to_json(model.inputs, model.cache)) else {}),
         "parameters": sum(p.numel() for p in model.module.parameters()),
         "bits_per_weight": bits_per_weight(model),
-        "size_bytes": (folder / "model.safetensors").stat().st_size,
+        **({"streamed": True} if model.shelf is not None else {}),
+        "size_bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
         "files": {p.name: file_sha256(p) for p in sorted(folder.iterdir())},
     }
     sealing.write(folder, facts)
+
+
+def _files(model: Model) -> Iterator[tuple[str, Iterator[tuple[str, EncodedTensor | Tensor]]]]:
+    """The weights file and its tensors; of a model that is streamed, one more per block."""
+    shelf = model.shelf
+    if shelf is None:
+        yield WEIGHTS, model.tensors()
+        return
+    names = [name for name, _ in model.module.named_parameters()]
+    yield WEIGHTS, ((name, model.tensor(name)) for name in names if shelf.index(name) is None)
+    for index in range(model.facts.layers):
+        yield _block_file(index), ((name, model.tensor(name)) for name in shelf.names(index))
+
+
+def _block_file(index: int) -> str:
+    return f"block-{index:05}.safetensors"
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -71,12 +102,20 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def encodings(folder: Path) -> dict[str, str]:
-    """The encoding of every module whose weight is stored in one, as text."""
-    found = manifest(folder)["encodings"]
-    return {
-        name.removesuffix(".weight"): str(Encoding(spec["name"], spec["group_size"], spec["symmetric"]))
-        for name, spec in found.items()
-    }
+    """The encoding of every module whose weight is stored in one, as text, and how its inputs are rounded, if so."""
+    facts = manifest(folder)
+    inputs, _ = from_json(facts.get("rounding", {}))
+    found = {}
+    for name, spec in facts["encodings"].items():
+        module = name.removesuffix(".weight")
+        stored = str(encoding_of(spec))
+        found[module] = f"{stored}, {inputs[module]}" if module in inputs else stored
+    return found
+
+
+def encoding_of(spec: Mapping[str, Any]) -> Encoding:
+    """The encoding that a manifest says of a tensor."""
+    return Encoding(spec["name"], spec["group_size"], spec["symmetric"])
 
 
 def digest(folder: Path) -> str:
@@ -108,24 +147,46 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from compress.model import Model
+    from compress.storage import materialize, unflatten
 
     facts = manifest(folder)
-    tensors = load_file(folder / "model.safetensors")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    encoded = {n: _read_encoded(n, spec, tensors) for n, spec in facts["encodings"].items()}
+    tensors, specs = load_file(folder / WEIGHTS), facts["encodings"]
+    shelf = _shelf(folder, module, specs) if facts.get("streamed") else None
+    inside = {n: spec for n, spec in specs.items() if shelf is None or shelf.index(n) is None}
+    state, encoded = unflatten(tensors, inside)
     masks = _read_masks(tensors, module)
-    state = {n: t for n, t in tensors.items() if not n.endswith((".codes", ".scales", ".zero_points", ".mask"))}
-    state.update({name: tensor.decode() for name, tensor in encoded.items()})
-    _materialize(module, state)
+    materialize(module, {**state, **{name: tensor.decode() for name, tensor in encoded.items()}}, shelf)
     module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = Model(module, tokenizer, dtype, name=facts["name"])
-    model.encoded, model.masks = encoded, masks
+    model = Model(module, tokenizer, dtype, name=facts["name"], shelf=shelf)
+    model.encoded.update(encoded)
+    model.masks = masks
+    _round(model, facts.get("rounding", {}))
     if model.digest != facts["model_digest"]:
         raise Corrupt(f"{folder}: its tensors are not those that were saved")
     return model
+
+
+def _shelf(folder: Path, module: Any, specs: Mapping[str, Any]) -> Shelf:
+    """The blocks of a streamed artifact, on disk until they are needed."""
+    from safetensors.torch import load_file
+
+    from compress.architectures import Facts
+    from compress.storage import unflatten
+    from compress.streaming import Shelf
+
+    blocks = Facts.from_config(module.config.to_dict()).architecture.blocks
+
+    def read(index: int) -> Any:
+        own = {name: spec for name, spec in specs.items() if name.startswith(f"{blocks}.{index}.")}
+        return unflatten(load_file(folder / _block_file(index)), own)
+
+    shelf = Shelf(blocks, module.get_submodule(blocks), read)
+    shelf.encoded.announce({name: encoding_of(spec) for name, spec in specs.items()})
+    return shelf
 
 
 def bits_per_weight(model: Model) -> float:
@@ -157,43 +218,15 @@ def _save_tokenizer(model: Model, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False), encoding="utf-8")
 
 
-def _flatten(model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    import torch
-
-    from compress.numerics.packing import pack
-
-    tensors: dict[str, Tensor] = {}
-    encodings: dict[str, Any] = {}
-    for name, tensor in model.tensors():
-        if isinstance(tensor, torch.Tensor):
-            tensors[name] = tensor.contiguous()
-            continue
-        module, encoding = name.removesuffix(".weight"), tensor.encoding
-        encodings[name] = {
-            "name": encoding.name,
-            "group_size": encoding.group_size,
-            "symmetric": encoding.symmetric,
-            "shape": list(tensor.codes.shape),
-        }
-        tensors[f"{module}.codes"] = pack(tensor.codes, encoding.bits) if encoding.is_coded else tensor.codes
-        if tensor.scales is not None:
-            tensors[f"{module}.scales"] = tensor.scales.contiguous()
-        if tensor.zero_points is not None:
-            tensors[f"{module}.zero_points"] = tensor.zero_points.contiguous()
-    for name, mask in model.masks.items():
-        tensors[f"{name.removesuffix('.weight')}.mask"] = pack(mask.to(torch.uint8), 1)
-    return tensors, encodings
-
-
-def _read_encoded(name: str, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> EncodedTensor:
-    from compress.numerics.packing import unpack
-
-    encoding = Encoding(spec["name"], spec["group_size"], spec["symmetric"])
-    module = name.removesuffix(".weight")
-    codes = tensors[f"{module}.codes"]
-    if encoding.is_coded:
-        codes = unpack(codes, encoding.bits, tuple(spec["shape"]), signed=encoding.signed)
-    return EncodedTensor(encoding, codes, tensors.get(f"{module}.scales"), tensors.get(f"{module}.zero_points"))
+def _round(model: Model, found: Mapping[str, Any]) -> None:
+    """Let the model round what its manifest says; raises Corrupt for a linear that it does not have."""
+    inputs, cache = from_json(found)
+    if unknown := inputs.keys() - model.facts.linears.keys():
+        raise Corrupt(f"the inputs of {min(unknown)} are to be rounded, and the model has no such linear")
+    for name, rounding in inputs.items():
+        model.round_inputs(name, rounding)
+    if cache is not None:
+        model.round_cache(cache)
 
 
 def _read_masks(tensors: Mapping[str, Tensor], module: Any) -> dict[str, Tensor]:
@@ -204,22 +237,3 @@ def _read_masks(tensors: Mapping[str, Tensor], module: Any) -> dict[str, Tensor]
         name = key.removesuffix(".mask") + ".weight"
         masks[name] = unpack(tensors[key], 1, tuple(module.get_parameter(name).shape), signed=False).bool()
     return masks
-
-
-def _materialize(module: Any, state: dict[str, Tensor]) -> None:
-    """Fill a meta-device module with `state`; buffers that are no weights (rotary tables) are computed anew."""
-    import torch
-
-    module.load_state_dict(state, strict=False, assign=True)
-    module.tie_weights()
-    left = [n for n, p in module.named_parameters() if p.is_meta]
-    if left:
-        raise Corrupt(f"tensor {left[0]} is missing from model.safetensors")
-    for name, child in module.named_modules():
-        if any(b.is_meta for b in child.buffers(recurse=False)):
-            if not hasattr(child, "rope_type"):
-                raise Corrupt(f"module {name} has a buffer that its config does not determine")
-            with torch.device("cpu"):
-                fresh = type(child)(module.config)
-            parent = module.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], fresh)

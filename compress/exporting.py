@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress import artifact, provenance
 from compress.decisions import combine
-from compress.encodings import EncodedTensor, same_stored
-from compress.errors import Corrupt
+from compress.encodings import EncodedTensor, Encoding, same_stored
+from compress.errors import Corrupt, RecipeError
 from compress.gate import Gate, GateResult, Sizes
 from compress.interfaces import Exporter, LanguageModel
 from compress.parity import decode_check
@@ -59,12 +59,23 @@ def write_exactly(model: Model, exporter: Exporter, out: Path) -> list[FileRecor
 
     Raises Corrupt where the files hold anything but the stored tensors of the model, bit for bit.
     """
+    refuse_rounding(model, exporter)
     out.mkdir(parents=True)
     exporter.write(model, out)
     if not weights_exact(model, exporter, out):
         raise Corrupt(f"{exporter.name}: the file does not hold the gated weights; nothing is published")
     names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     return [provenance.record_of(out, name) for name in names]
+
+
+def refuse_rounding(model: Model, exporter: Exporter) -> None:
+    """Raise RecipeError where the runtime would not round what the model rounds while it runs."""
+    reasons = [] if model.cache is None else [exporter.refuses_cache(model.cache)]
+    for linear, rounding in model.inputs.items():
+        held = model.encoding(f"{linear}.weight") or Encoding("fp32")
+        reasons.append(exporter.refuses_inputs(rounding, held, linear))
+    if reason := next(filter(None, reasons), None):
+        raise RecipeError(f"export {exporter.name}: {reason}")
 
 
 def describe(
@@ -76,14 +87,18 @@ def describe(
 
 
 def weights_exact(model: Model, exporter: Exporter, path: Path) -> bool:
-    """Whether every tensor of the model, read back from the files, is stored bit for bit as it was gated."""
+    """Whether tensors, fixed scales and cache types of the model, read back from the files, are what was gated."""
     import torch
 
-    expected = dict(model.tensors())
+    inputs = exporter.stored_inputs(path)
+    if (inputs is not None and inputs != model.inputs) or exporter.stored_cache(path) != model.cache:
+        return False
+    expected = {name for name, _ in model.module.named_parameters()}
     for name, found in exporter.stored(path):
         if name not in expected:
             return False
-        wanted = expected.pop(name)
+        expected.remove(name)
+        wanted = model.tensor(name)
         if isinstance(wanted, EncodedTensor) and isinstance(found, EncodedTensor):
             if not same_stored(wanted, found):
                 return False

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.architectures import Facts
     from compress.encodings import EncodedTensor, Encoding
     from compress.model import Model
+    from compress.rounding import CacheRounding, InputRounding
 
 P_VALUE = "p of no change (exact McNemar)"
 """Among the details of a check: the p-value of a fixed sample, which a gate corrects for the number of its checks."""
@@ -135,6 +136,7 @@ class Step(Plugin, ABC):
     masks: ClassVar[bool] = False  # leaves masks that later steps must keep
     refines: ClassVar[bool] = False  # changes what an earlier step has stored in codes, and can do nothing without
     reshapes: ClassVar[bool] = False  # leaves smaller tensors: no mask or code may stand for the old ones
+    streams: ClassVar[bool] = False  # takes block by block, each once, so that a model larger than memory will do
     uses_calibration: ClassVar[bool] = False
     uses_selection: ClassVar[bool] = False
 
@@ -148,6 +150,14 @@ class Step(Plugin, ABC):
     def possible(self, facts: Facts) -> Mapping[str, Sequence[Encoding]]:
         """Every encoding that a tensor may end in, where weights decide; by default what `encodings` says."""
         return {name: [encoding] for name, encoding in self.encodings(facts).items()}
+
+    def inputs(self, facts: Facts) -> Mapping[str, InputRounding]:
+        """How the inputs of linears will be rounded in every forward pass, by name; empty for most steps."""
+        return {}
+
+    def cache(self) -> CacheRounding | None:
+        """How keys and values will be rounded in every forward pass; None for most steps."""
+        return None
 
     def facts_after(self, facts: Facts) -> Facts:
         """What will be known of the model once this step has changed its shapes."""
@@ -337,12 +347,36 @@ class Exporter(Plugin, ABC):
 
     runtime: ClassVar[str]
     extra: ClassVar[str]  # the optional dependency group that provides the runtime
+    streams: ClassVar[bool] = False  # writes tensor by tensor, so that a model larger than memory will do
     # For the model card: runtime → the line that loads the artifact; "{file}" stands for its largest file.
     usage: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
         """Why this format cannot hold the tensor's encoding exactly, or None."""
+
+    def refuses_inputs(self, rounding: InputRounding, encoding: Encoding, linear: str) -> str | None:
+        """Why the runtime does not round the inputs of a linear, held in `encoding`, in this way; None where it does.
+
+        Models whose inputs are not rounded are never asked about.
+        """
+        return f"{linear}: {self.runtime} would not round its inputs ({rounding}) as the gated model does"
+
+    def refuses_cache(self, rounding: CacheRounding) -> str | None:
+        """Why the runtime keeps no key-value cache of these codes, or None where it does."""
+        return f"{self.runtime} would keep keys and values in floats, and the gated model has a {rounding}"
+
+    def stored_inputs(self, path: Path) -> Mapping[str, InputRounding] | None:
+        """The rounding of inputs, read back from the files; None where the runtime rounds without being told."""
+        return {}
+
+    def stored_cache(self, path: Path) -> CacheRounding | None:
+        """The types of the key-value cache that the files ask for; None for floats."""
+        return None
+
+    def usage_of(self, cache: CacheRounding | None) -> Mapping[str, str]:
+        """`usage` for a model whose cache is rounded, or not."""
+        return self.usage
 
     def check(self, facts: Facts) -> None:
         """Refuse, before weights load, an architecture this exporter cannot write; raises RecipeError."""

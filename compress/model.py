@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.architectures import Facts
+from compress.attention import IMPLEMENTATIONS, round_cache
 from compress.batching import batches, consecutive
 from compress.branching import Branches, by_windows
-from compress.encodings import EncodedTensor
+from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, NumericalError, RecipeError
 from compress.numerics.affine import finite
 from compress.numerics.trie import Trie, trie, visible
+from compress.rounding import CacheRounding, InputRounding, to_json
+
+if TYPE_CHECKING:
+    from compress.streaming import Shelf
 
 ROWS_OF_HEAD = 256  # of logits at a time: 50 MB at 49,152 tokens of vocabulary
 RECALLED_BYTES = 96 * 2**20  # of hidden states: 40,000 tokens at a width of 576
@@ -51,7 +56,8 @@ class Model:
     module: float32 transformers model in eval mode; the float32 weight of an encoded tensor always equals
     the decoded encoding. encoded, masks: by tensor name, as in `named_parameters`. dtype: of matrix products
     in evaluation ("float32" or "bfloat16"); weights stay float32. name: for people, never part of the digest.
-    recalled: set where the same windows will be asked for again.
+    inputs, cache: what every forward pass rounds, besides; inputs by name of the linear.
+    recalled: set where the same windows will be asked for again. shelf: of a model whose blocks are on disk.
     """
 
     def __init__(
@@ -61,13 +67,17 @@ class Model:
         dtype: str = "float32",
         name: str = "model",
         tokens_per_batch: int = 4096,
+        shelf: Shelf | None = None,
     ):
         self.module = module.eval()
         self.name = name
         self.tokenizer = tokenizer
         self.facts = Facts.from_config(module.config.to_dict())
-        self.encoded: dict[str, EncodedTensor] = {}
+        self.shelf = shelf
+        self.encoded: MutableMapping[str, EncodedTensor] = {} if shelf is None else shelf.encoded
         self.masks: dict[str, Tensor] = {}
+        self.inputs: dict[str, InputRounding] = {}
+        self.cache: CacheRounding | None = None
         self.dtype = dtype
         self.tokens_per_batch = tokens_per_batch  # bounds activations: a few MB per 100 tokens
         self.recalled: Recalled | None = None
@@ -77,9 +87,17 @@ class Model:
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter called `name`, e.g. "model.layers.0.mlp.up_proj.weight"."""
+        if self.shelf is not None and (block := self.shelf.index(name)) is not None:
+            self.shelf.need(block)
         parameter = self.module.get_parameter(name)
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+    def encoding(self, name: str) -> Encoding | None:
+        """The encoding of a tensor, None for float32, without reading it."""
+        if self.shelf is not None:
+            return self.shelf.encoded.encodings.get(name)
+        return self.encoded[name].encoding if name in self.encoded else None
 
     @torch.no_grad()
     def store(self, name: str, encoded: EncodedTensor) -> None:
@@ -96,6 +114,22 @@ class Model:
         self.encoded[name] = encoded
         self.touch()
 
+    def round_inputs(self, linear: str, rounding: InputRounding) -> None:
+        """Round what the linear reads from now on, in every forward pass."""
+        if linear in self.inputs:
+            raise CompressError(f"{linear}: its inputs are rounded already ({self.inputs[linear]})")
+        self.module.get_submodule(linear).register_forward_pre_hook(lambda _, args: (rounding(args[0]), *args[1:]))
+        self.inputs[linear] = rounding
+        self.touch()
+
+    def round_cache(self, rounding: CacheRounding) -> None:
+        """Round every key and value from now on before attention reads it, as a quantized cache would hold them."""
+        arch = self.facts.architecture
+        names = [f"{arch.blocks}.{i}.{arch.attention}" for i in range(self.facts.layers)]
+        round_cache(self.module, [self.module.get_submodule(name) for name in names], rounding)
+        self.cache = rounding
+        self.touch()
+
     def reshaped(self) -> None:
         """Read the facts from the config again: shapes have changed."""
         self.facts = Facts.from_config(self.module.config.to_dict())
@@ -105,15 +139,21 @@ class Model:
         """Forget the digest and what was computed: weights have changed."""
         self._digest = None
         self.recalled = None
+        if self.shelf is not None:
+            self.shelf.changed()
 
     def tensors(self) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
         """Every stored tensor once, in module order; a head tied to the embedding is left out."""
-        for name, parameter in self.module.named_parameters():
-            yield name, self.encoded.get(name, parameter.detach())
+        for name in [name for name, _ in self.module.named_parameters()]:
+            yield name, self.tensor(name)
+
+    def tensor(self, name: str) -> EncodedTensor | Tensor:
+        """The stored form of one tensor."""
+        return self.encoded[name] if name in self.encoded else self.parameter(name).detach()
 
     @property
     def digest(self) -> str:
-        """sha256 over the config and every stored tensor: names, codes, scales, zero points, floats."""
+        """sha256 over the config, every stored tensor (codes, scales, zero points, floats) and what else is rounded."""
         if self._digest is None:
             config = self.module.config.to_dict()
             config = {key: config[key] for key in sorted(config) if key not in _NOT_CONTENT}
@@ -124,6 +164,8 @@ class Model:
                 for part in parts:
                     if part is not None:
                         sha.update(part.contiguous().view(torch.uint8).numpy().data)
+            if rounded := to_json(self.inputs, self.cache):
+                sha.update(json.dumps(rounded, sort_keys=True).encode())
             self._digest = sha.hexdigest()
         return self._digest
 
@@ -137,8 +179,9 @@ class Model:
     @property
     def compute(self) -> str:
         """Weight dtype and precision of matrix products."""
-        kinds = sorted({str(e.encoding) for e in self.encoded.values()}) or ["float32"]
-        return f"{' + '.join(kinds)} weights, {self.dtype} products"
+        kinds = sorted({str(self.encoding(name)) for name in self.encoded}) or ["float32"]
+        rounded = sorted({str(r) for r in (*self.inputs.values(), *([self.cache] if self.cache else []))})
+        return ", ".join([f"{' + '.join(kinds)} weights", *rounded, f"{self.dtype} products"])
 
     @property
     def vocabulary_size(self) -> int:
@@ -240,7 +283,7 @@ class Model:
         """Whether attention takes a mask of ours, and no sliding window would have narrowed it."""
         config = self.module.config
         window = getattr(config, "sliding_window", None)
-        return config._attn_implementation == "sdpa" and (window is None or deepest < window)
+        return config._attn_implementation in IMPLEMENTATIONS and (window is None or deepest < window)
 
     def _hidden_trees(self, tries: Sequence[Trie], batch: Sequence[int]) -> dict[int, Tensor]:
         """Final hidden states, (tokens, width) each, of the trees with these indices."""
@@ -296,6 +339,8 @@ class Model:
     def close(self) -> None:
         """Drop the weights."""
         del self.module
+        if self.shelf is not None:
+            self.shelf.close()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")

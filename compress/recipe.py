@@ -106,6 +106,7 @@ class _Head(_Frozen):
     model: str = Field(min_length=1)
     device: Literal["cpu"] = "cpu"  # no other is implemented: naming one is refused, not ignored
     dtype: Literal["float32", "bfloat16"] = "float32"
+    streaming: bool = False  # the model's blocks stay on disk, one in memory at a time
     seed: int = Field(0, ge=0, lt=2**63)
     data: Data = Data()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from compress.architectures import Facts
 from compress.encodings import Encoding
 from compress.errors import RecipeError
-from compress.interfaces import Evaluator, Step
+from compress.interfaces import Evaluator, Exporter, Step
 from compress.recipe import Recipe, StepEntry
 from compress.recipe_data import requests
 
@@ -24,6 +24,8 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
                 _check_step(recipe, before, path, step)
             _check_order(recipe, shapes[i], i, path, step)
         _check_margins(recipe, i, entry)
+    if recipe.streaming:
+        _check_streaming(recipe)
     _check_measurements(recipe, facts)
     _check_rounded_once(recipe, shapes)
     _check_refined(recipe, shapes)
@@ -84,6 +86,10 @@ def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[st
             held = "stored the weights in an encoding" if holding.packs else "pruned single weights"
             message = f"changes shapes after steps[{k}] {holding.name} has {held}; move it before steps[{k}]"
             raise _refusal(recipe, path, message)
+        rounding = next((a for a in earlier.attempts if a.cache() or any(a.inputs(facts) for facts in shapes)), None)
+        if step.recovers and rounding is not None:
+            message = f"trains after steps[{k}] {rounding.name} rounds what the model computes, which has no gradient"
+            raise _refusal(recipe, path, f"{message}; move it before steps[{k}]")
         if pruning := next((attempt for attempt in earlier.attempts if attempt.masks), None):
             _check_zeros(recipe, path, step, shapes, f"steps[{k}] {pruning.name}")
         packing = next((attempt for attempt in earlier.attempts if attempt.packs), None)
@@ -153,6 +159,23 @@ def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
             raise _refusal(recipe, ("steps", i, entry.step.name), message)
 
 
+def _check_streaming(recipe: Recipe) -> None:
+    """What reads a model out of order, or holds all of it, has no place where one block is in memory."""
+    for i, entry in enumerate(recipe.steps):
+        for path, step in _attempts(entry, i):
+            if not step.streams:
+                message = "streaming: this step needs the whole model in memory; the steps quantize.rtn, gptq, awq, hqq"
+                raise _refusal(recipe, path, f"{message}, smoothquant and cast do not")
+    for i, export in enumerate(recipe.export):
+        if not export.exporter.streams:
+            message = "streaming: this format is written from the whole model in memory; export to gguf"
+            raise _refusal(recipe, ("export", i, export.exporter.name), message)
+    for path, gate in _gates(recipe):
+        if writing := next((c for c in gate if c.written and path[0] != "export"), None):
+            message = f"streaming: {writing.name} writes token by token, and each would read every block from disk"
+            raise _refusal(recipe, path, f"{message}; move it to the gate of an export")
+
+
 def _check_measurements(recipe: Recipe, facts: Facts) -> None:
     for request in requests(recipe):
         if request.length > facts.context_length:
@@ -205,6 +228,21 @@ def _check_exports(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
             for encoding, origin in encodings.items():
                 if reason := entry.exporter.refuses(encoding, name):
                     raise _refusal(recipe, path, f"{reason} (stored by {origin})")
+        for reason in _unrounded(recipe, shapes, entry.exporter):
+            raise _refusal(recipe, path, reason)
+
+
+def _unrounded(recipe: Recipe, shapes: Sequence[Sequence[Facts]], exporter: Exporter) -> Iterator[str]:
+    """What some attempt lets the gated model round while it runs, and the exporter's runtime would not."""
+    for i, entry in enumerate(recipe.steps):
+        for path, step in _attempts(entry, i):
+            if (cache := step.cache()) and (reason := exporter.refuses_cache(cache)):
+                yield f"{reason} (by {_title(path)})"
+            for facts in shapes[i]:
+                stored = step.encodings(facts)
+                for linear, rounding in step.inputs(facts).items():
+                    if reason := exporter.refuses_inputs(rounding, stored[f"{linear}.weight"], linear):
+                        yield f"{reason} (by {_title(path)})"
 
 
 def _loosened(recipe: Recipe) -> Iterator[str]:

@@ -169,15 +169,20 @@ def _gguf_vocabulary(path: Path) -> int:
     return len(GGUFReader(path).fields["tokenizer.ggml.tokens"].data)
 
 
-def load(spec: str, dtype: str = "float32") -> Model:
+def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
     """Open a model in float32; a block-quantized GGUF is decoded and its channels permuted.
 
-    Raises RecipeError, NetworkError, UnsafeInput or Corrupt, each naming the file.
+    streaming: leave the blocks on disk until they are needed, one at a time; matrices of 16-bit floats count as
+    stored in these. Raises RecipeError, NetworkError, UnsafeInput or Corrupt, each naming the file.
     """
     source = download(resolve(spec))
+    if streaming and source.kind == "gguf":
+        raise RecipeError(f"model {spec}: streaming reads a folder of safetensors, and this is a GGUF file")
     facts(source)  # an unsupported architecture is refused before any weight is read
     if source.kind == "gguf":
         return _load_gguf(source, dtype)
+    if streaming:
+        return _stream_folder(source, dtype)
     return _load_folder(source, dtype)
 
 
@@ -219,6 +224,45 @@ def _load_folder(source: Source, dtype: str) -> Model:
         raise Corrupt(f"{source.path}: cannot be loaded ({str(error).splitlines()[0]})") from error
     _require_every_tensor(source.path, found)
     return Model(module, tokenizer, dtype, name=source.spec.partition("@")[0].rsplit("/", 1)[-1])
+
+
+def _stream_folder(source: Source, dtype: str) -> Model:
+    """A folder's model with its blocks on disk: see `compress.streaming`."""
+    assert source.path is not None
+    files = [path for path in _folder_files(source.path) if path.suffix == ".safetensors"]
+    if "auto_map" in config(source):
+        raise UnsafeInput(f"{source.path}/config.json: auto_map asks for remote code; only built-in architectures load")
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from compress.model import Model
+    from compress.storage import materialize
+    from compress.streaming import Shelf, Weights
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        weights = Weights(files)
+        loaded = AutoConfig.from_pretrained(source.path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(loaded, dtype=torch.float32)
+        if (source.path / "generation_config.json").is_file():
+            module.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Corrupt(f"{source.path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    names = [name for name, _ in module.named_parameters()]  # what is tied counts once
+    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    missing, unknown = set(names) - weights.files.keys(), weights.files.keys() - tied
+    _require_every_tensor(source.path, {"missing_keys": missing, "unexpected_keys": unknown})
+    blocks = Facts.from_config(loaded.to_dict()).architecture.blocks
+    shelf = Shelf(blocks, module.get_submodule(blocks), lambda i: weights.read(shelf.names(i)))
+    shelf.encoded.announce(weights.encodings(names))
+    floats, encoded = weights.read([name for name in names if shelf.index(name) is None])
+    materialize(module, {**floats, **{name: tensor.decode() for name, tensor in encoded.items()}}, shelf)
+    model = Model(module, tokenizer, dtype, source.spec.partition("@")[0].rsplit("/", 1)[-1], shelf=shelf)
+    model.encoded.update(encoded)
+    return model
 
 
 def _require_every_tensor(path: Path, found: Mapping[str, Any]) -> None:

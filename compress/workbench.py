@@ -49,11 +49,12 @@ class Workbench:
 
     def open_baseline(self) -> Baseline:
         """Open the recipe's model, or the store's copy of it, and measure its own figures."""
-        key = key_of({"baseline": source.digest(self.source), "versions": environment.step_versions()})
+        facts = {"baseline": source.digest(self.source), "versions": environment.step_versions()}
+        key = key_of({**facts, "streaming": True} if self.recipe.streaming else facts)
         folder = self.store.artifact(key)
         if folder is None:
             self.reporter.say(f"opening {self.recipe.model}")
-            model = source.load(self.recipe.model, self.recipe.dtype)
+            model = source.load(self.recipe.model, self.recipe.dtype, self.recipe.streaming)
             folder = self.store.save(model, key)
             model.close()
         self.baseline = folder

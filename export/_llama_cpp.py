@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.branching import Branches
 from compress.errors import CompressError, Corrupt, RecipeError
+from export import _gguf_cache
 from export._chat import render
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def read(path: Path) -> Any:
 
 
 class LlamaCpp:
-    """A GGUF model in llama.cpp, on the processor, at its default settings (float16 key-value cache)."""
+    """A GGUF model in llama.cpp, on the processor, at its default settings but for the cache that the file asks for."""
 
     def __init__(self, path: Path, vocabulary_only: bool = False) -> None:
         """Open a file; raises RecipeError where it or the runtime is missing, Corrupt where it is broken.
@@ -92,6 +93,8 @@ class LlamaCpp:
             raise Corrupt(f"{self.path}: llama.cpp cannot load it ({_reason()})")
         self._handles["model"] = model
         self._vocabulary = self._library.llama_model_get_vocab(model)
+        header = {key: self._metadata(key) for key in (_gguf_cache.KEYS, _gguf_cache.VALUES)}
+        self._cache = _gguf_cache.types(header)
         self.runtime = f"llama.cpp (llama-cpp-python {metadata.version('llama-cpp-python')}; {_features()})"
         self.vocabulary_size: int = self._library.llama_vocab_n_tokens(self._vocabulary)
         self.context_length: int = self._library.llama_model_n_ctx_train(model)
@@ -238,6 +241,10 @@ class LlamaCpp:
         parameters = self._library.llama_context_default_params()
         parameters.n_ctx = min(-(-max(size, BATCH) // 256) * 256, self.context_length)
         parameters.n_batch = parameters.n_ubatch = BATCH
+        if self._cache is not None:
+            parameters.type_k = _gguf_cache.GGML_TYPES[self._cache.keys]
+            parameters.type_v = _gguf_cache.GGML_TYPES[self._cache.values]
+            parameters.flash_attn_type = self._library.LLAMA_FLASH_ATTN_TYPE_ENABLED
         parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
         _messages.clear()
         context = self._library.llama_init_from_model(self._handles["model"], parameters)
@@ -309,7 +316,8 @@ def _compute(reader: Any) -> str:
             sizes[tensor.tensor_type.name] += int(tensor.n_elements)
     kinds = [kind for kind, _ in sizes.most_common()]
     activations = dict.fromkeys(_ACTIVATIONS.get(kind, "int8") for kind in kinds)
-    return f"{' + '.join(kinds)} weights, {' + '.join(activations)} activations, float16 cache"
+    cache = _gguf_cache.types({key: field.contents() for key, field in reader.fields.items()}) or "float16 cache"
+    return f"{' + '.join(kinds)} weights, {' + '.join(activations)} activations, {cache}"
 
 
 def _chunks(tokens: Sequence[int], size: int) -> Iterator[Sequence[int]]:

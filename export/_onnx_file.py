@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError, UnsafeInput
+from compress.rounding import InputRounding
 from export._onnx_packing import WIDTHS, Packed, unpacked
 
 if TYPE_CHECKING:
@@ -22,13 +23,19 @@ if TYPE_CHECKING:
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 METADATA = "compress.encodings"
+INPUTS = "compress.inputs"
 MICROSOFT = "com.microsoft"  # domain of onnxruntime's own operators
 
 
-def record(model: Any, tensors: Mapping[str, EncodedTensor | Tensor]) -> None:
-    """Write the encoding of each tensor, in the model's order, into the graph's metadata."""
+def record(
+    model: Any, tensors: Mapping[str, EncodedTensor | Tensor], inputs: Mapping[str, InputRounding] | None = None
+) -> None:
+    """Write the encoding of each tensor, in the model's order, and the rounding of inputs into the graph's metadata."""
     kinds = {name: asdict(t.encoding) if isinstance(t, EncodedTensor) else None for name, t in tensors.items()}
     model.metadata_props[METADATA] = json.dumps(kinds, separators=(",", ":"))
+    if inputs:
+        schemes = {name: rounding.scheme for name, rounding in inputs.items()}
+        model.metadata_props[INPUTS] = json.dumps(schemes, separators=(",", ":"))
 
 
 def load(folder: Path) -> Any:
@@ -66,6 +73,30 @@ def encodings(model: Any) -> dict[str, Encoding | None]:
         return {name: None if kind is None else Encoding(**kind) for name, kind in kinds.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
         raise Corrupt(f"the ONNX metadata {METADATA!r} is missing or damaged: {error}") from error
+
+
+def inputs(model: Any) -> dict[str, InputRounding]:
+    """How the graph rounds the inputs of linears; raises Corrupt where its nodes do not do what its metadata say."""
+    try:
+        schemes: dict[str, Any] = json.loads(model.metadata_props.get(INPUTS, "{}"))
+    except ValueError as error:
+        raise Corrupt(f"the ONNX metadata {INPUTS!r} is damaged: {error}") from error
+    found = {name: _rounding(model.graph, name) for name in schemes}
+    if wrong := [name for name, scheme in schemes.items() if found[name].scheme != scheme]:
+        raise Corrupt(f"{wrong[0]}: the graph rounds its inputs otherwise than {schemes[wrong[0]]!r}")
+    return found
+
+
+def _rounding(graph: Any, linear: str) -> InputRounding:
+    """The rounding in front of the integer product that reads a linear's codes; raises Corrupt."""
+    try:
+        node = next(n for n in graph if n.outputs[0].name == f"{linear}.weight.integers")
+        source = node.inputs[0].producer()
+        if source.op_type != "QuantizeLinear":
+            return InputRounding("dynamic")
+        return InputRounding("static", float(source.inputs[1].producer().attributes["value"].as_tensor().numpy()))
+    except (StopIteration, AttributeError, KeyError) as error:
+        raise Corrupt(f"the ONNX graph has no product of integers for {linear} ({error!r})") from error
 
 
 def stored(model: Any) -> Iterator[tuple[str, EncodedTensor | Tensor]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.encodings import EncodedTensor
 from compress.errors import CompressError, RecipeError
+from compress.rounding import InputRounding
 from export._onnx_file import MICROSOFT
 from export._onnx_packing import Packed, has_kernel, packed
 
@@ -28,6 +29,7 @@ _NAMES = (
     (r"^model\.layers\.\d+\.final_norm_layernorm\.", "model.norm."),
 )
 _CONSTANTS = ("cos_cache", "sin_cache")
+TINY = 1e-20  # as in `numerics.runtime_rounding`: a token of zeros needs some scale
 
 
 def tensor_name(initializer: str) -> str | None:
@@ -54,11 +56,13 @@ class Surgeon:
         tensors: Mapping[str, EncodedTensor | Tensor],
         aliases: Mapping[str, str],
         accuracy_level: int,
+        inputs: Mapping[str, InputRounding] | None = None,
     ):
         self.graph = graph
         self.tensors = tensors
         self.aliases = aliases  # a tied head → the embedding
         self.accuracy_level = accuracy_level
+        self.inputs = inputs or {}  # linear → how what it reads is rounded
         self.old = {name: value for name, value in graph.initializers.items() if tensor_name(name) is not None}
         self.derived: dict[str, Any] = {}  # outputs of nodes that convert an initializer, shared by its users
 
@@ -122,6 +126,8 @@ class Surgeon:
         return self._derive("Cast", f"{name}.float32", [value], to=ir.DataType.FLOAT.value)
 
     def _use_codes(self, node: Any, name: str, tensor: EncodedTensor) -> None:
+        if rounding := self.inputs.get(name.removesuffix(".weight")):
+            return self._exchange(node, "Mul", self._integer_product(node, name, tensor, rounding), {}, domain="")
         n, m = tensor.codes.shape
         form, (codes, scales, zeros) = self._affine(name, tensor)
         if not has_kernel(form.bits, form.block, self.accuracy_level):
@@ -134,6 +140,46 @@ class Surgeon:
             "accuracy_level": self.accuracy_level,
         }
         self._exchange(node, "MatMulNBits", [node.inputs[0], codes, scales, *zeros], attributes)
+
+    def _integer_product(self, node: Any, name: str, tensor: EncodedTensor, rounding: InputRounding) -> list[Any]:
+        """Two factors of the product: the sum of products of codes times the inputs' scale, and the rows' scales.
+
+        Both operands are unsigned around 128: signed ones saturate in the kernels of processors without VNNI.
+        """
+        import onnx_ir as ir
+
+        (n, m), (_, (codes, scales, _)) = tensor.codes.shape, self._affine(name, tensor)
+        columns = self._derive(
+            "Transpose", f"{name}.columns", [self._reshape(f"{name}.rows", codes, [n, m])], perm=[1, 0]
+        )
+        inputs, scale = self._rounded_inputs(node.inputs[0], rounding)
+        middle = self._constant("middle.uint8", 128, "uint8")
+        sums = self._derive("MatMulInteger", f"{name}.integers", [inputs, columns, middle, middle])
+        floats = self._derive("Cast", f"{name}.sums", [sums], to=ir.DataType.FLOAT.value)
+        first = self._derive("Slice", f"{name}.scales.first", [scales, *self._integers([0], [1], [1])])
+        rows = self._reshape(f"{name}.scales.rows", first, [n])
+        return [self._derive("Mul", f"{name}.scaled_inputs", [floats, scale]), rows]
+
+    def _rounded_inputs(self, x: Any, rounding: InputRounding) -> tuple[Any, Any]:
+        """Codes of x as uint8 around 128, and their scale: one number, or one per token (…, 1).
+
+        Linears that share an input and its scale share its codes.
+        """
+        import onnx_ir as ir
+
+        label = f"{x.name}.{rounding.scheme}"
+        if rounding.scheme == "static":
+            label += f".{rounding.scale}"
+            scale = self._constant(f"{label}.scale", rounding.scale, "float32")
+            middle = self._constant("middle.uint8", 128, "uint8")
+            return self._derive("QuantizeLinear", f"{label}.codes", [x, scale, middle]), scale
+        most = self._derive("Abs", f"{label}.magnitudes", [x])
+        most = self._derive("ReduceMax", f"{label}.largest", [most, *self._integers([-1])], keepdims=1)
+        most = self._derive("Max", f"{label}.positive", [most, self._constant("tiny", TINY, "float32")])
+        scale = self._derive("Div", f"{label}.scale", [most, self._constant("steps", 127.0, "float32")])
+        codes = self._derive("Round", f"{label}.rounded", [self._derive("Div", f"{label}.steps", [x, scale])])
+        codes = self._derive("Add", f"{label}.unsigned", [codes, self._constant("middle.float32", 128.0, "float32")])
+        return self._derive("Cast", f"{label}.codes", [codes], to=ir.DataType.UINT8.value), scale
 
     def _use_gather_block_quantized(self, node: Any, name: str, tensor: EncodedTensor) -> None:
         form, (codes, scales, zeros) = self._affine(name, tensor)
@@ -221,12 +267,14 @@ class Surgeon:
             self.derived[name] = node.outputs[0]
         return self.derived[name]
 
-    def _exchange(self, node: Any, op: str, inputs: list[Any], attributes: Mapping[str, Any]) -> None:
-        """Put a com.microsoft node in the place of `node`, with the same output."""
+    def _exchange(
+        self, node: Any, op: str, inputs: list[Any], attributes: Mapping[str, Any], domain: str = MICROSOFT
+    ) -> None:
+        """Put another node in the place of `node`, with the same output."""
         import onnx_ir as ir
 
         output = node.outputs[0]
-        new = ir.node(op, inputs, attributes, domain=MICROSOFT, name=f"{node.name}/{op}", num_outputs=1)
+        new = ir.node(op, inputs, attributes, domain=domain, name=f"{node.name}/{op}", num_outputs=1)
         new.outputs[0].type, new.outputs[0].shape = output.type, output.shape
         self.graph.insert_before(node, new)
         ir.convenience.replace_all_uses_with(output, new.outputs[0], replace_graph_outputs=True)

@@ -286,9 +286,11 @@ def _compute(model: Any) -> str:
     kinds = sorted({str(encoding) for encoding in _onnx_file.encodings(model).values() if encoding is not None})
     products = {
         "int8"
-        if node.op_type == "MatMulNBits" and node.attributes["accuracy_level"].as_int() == INT8_ACTIVATIONS
+        if node.op_type == "MatMulInteger"
+        or node.op_type == "MatMulNBits"
+        and node.attributes["accuracy_level"].as_int() == INT8_ACTIVATIONS
         else "float32"
         for node in model.graph
-        if node.op_type in ("MatMul", "MatMulNBits")
+        if node.op_type in ("MatMul", "MatMulNBits", "MatMulInteger")
     }
     return f"{' + '.join(kinds) or 'float32'} weights, {' + '.join(sorted(products))} activations"

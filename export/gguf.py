@@ -14,6 +14,8 @@ from compress.architectures import ARCHITECTURES, Facts
 from compress.encodings import GGML_BLOCKS, EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
 from compress.interfaces import Exporter, LanguageModel
+from compress.rounding import CacheRounding, InputRounding
+from export import _gguf_cache
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +63,7 @@ class Gguf(Exporter):
     name = "gguf"
     runtime = "llama.cpp"
     extra = "gguf"
+    streams = True
     usage = {
         "llama.cpp": "llama-cli -m {file} -cnv",
         "llama-cpp-python": 'llama_cpp.Llama("{file}")',
@@ -78,6 +81,29 @@ class Gguf(Exporter):
             return f"{tensor}: {encoding} does not fit q4_1 (scale * zero point is not a float16); use symmetric"
         if encoding.group_size is not None and encoding.group_size % BLOCK:
             return f"{tensor}: group_size={encoding.group_size} is no multiple of GGUF's 32; use group_size=32"
+        return None
+
+    def refuses_inputs(self, rounding: InputRounding, encoding: Encoding, linear: str) -> str | None:
+        """Any scales but those of blocks: llama.cpp always rounds what products with Q8_0 read, in blocks of 32."""
+        if rounding.scheme != "block":
+            return f"{linear}: llama.cpp rounds inputs in blocks of 32, not {rounding}; use activations: block"
+        return None
+
+    def refuses_cache(self, rounding: CacheRounding) -> None:
+        """None of them: the file names the types, and `open` takes them; other programs need an option."""
+
+    def stored_cache(self, path: Path) -> CacheRounding | None:
+        """The types that the file names."""
+        from export import _llama_cpp
+
+        return _gguf_cache.types({key: f.contents() for key, f in _llama_cpp.read(path).fields.items()})
+
+    def usage_of(self, cache: CacheRounding | None) -> Mapping[str, str]:
+        """The lines that load the file, with the options for its cache."""
+        return self.usage if cache is None else _gguf_cache.usage(cache)
+
+    def stored_inputs(self, path: Path) -> None:
+        """Nothing that a file would say: llama.cpp rounds every input."""
         return None
 
     def check(self, facts: Facts) -> None:
@@ -106,13 +132,16 @@ class Gguf(Exporter):
 
         self.check(model.facts)
         dialect = DIALECTS[model.facts.architecture.model_type]
-        writer = GGUFWriter(out / FILE, dialect.name)
+        writer = GGUFWriter(out / FILE, dialect.name, use_temp_file=model.shelf is not None)
         try:
             config = model.module.config
             _add_shape(writer, config.to_dict(), model.facts)
             writer.add_name(model.name)
             _gguf_vocabulary.add(writer, model.tokenizer, model.vocabulary_size, model.eos_ids)
             self._add_tensors(writer, model, dialect)
+            if model.cache is not None:
+                writer.add_string(_gguf_cache.KEYS, model.cache.keys)
+                writer.add_string(_gguf_cache.VALUES, model.cache.values)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, RecipeError, ResourceExhausted, disk_full
 from compress.interfaces import Exporter, LanguageModel
+from compress.rounding import InputRounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,19 @@ class Onnx(Exporter):
             return (
                 f"{tensor}: {encoding} has no exact ONNX form: group_size={encoding.group_size} "
                 f"is no multiple of {min(BLOCKS)}; use group_size=16 or 32"
+            )
+        return None
+
+    def refuses_inputs(self, rounding: InputRounding, encoding: Encoding, linear: str) -> str | None:
+        """Rounding within blocks, and weights without one scale per row: products of integers need both."""
+        if rounding.scheme == "block":
+            return (
+                f"{linear}: onnxruntime keeps float32 scales of blocks of inputs, and the gated model float16 ones; "
+                "use activations: dynamic or static"
+            )
+        if encoding.name != "int8" or not encoding.symmetric or encoding.group_size is not None:
+            return (
+                f"{linear}: onnxruntime multiplies int8 with one scale per row, not {encoding}; use group_size: channel"
             )
         return None
 
@@ -108,9 +122,9 @@ class Onnx(Exporter):
         head = f"{model.facts.architecture.head}.weight"
         aliases = {head: model.facts.embedding_tensor} if model.facts.tied else {}
         level = INT8_ACTIVATIONS if self.activations == "int8" else FLOAT_ACTIVATIONS
-        Surgeon(graph.graph, tensors, aliases, level).replace_all()
+        Surgeon(graph.graph, tensors, aliases, level, model.inputs).replace_all()
         standardize(graph)
-        record(graph, tensors)
+        record(graph, tensors, model.inputs)
         ir.save(graph, out / GRAPH, external_data=DATA, size_threshold_bytes=0)
         onnx.checker.check_model(str(out / GRAPH))
 
@@ -127,6 +141,12 @@ class Onnx(Exporter):
         from export import _onnx_file
 
         yield from _onnx_file.stored(_onnx_file.load(path))
+
+    def stored_inputs(self, path: Path) -> Mapping[str, InputRounding]:
+        """The rounding that the graph computes, its scales read from the nodes themselves."""
+        from export import _onnx_file
+
+        return _onnx_file.inputs(_onnx_file.load(path))
 
 
 def _require_packages() -> None:

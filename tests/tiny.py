@@ -24,8 +24,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def tiny_model(seed: int = 0) -> Model:
-    """A random Llama of two layers over 256 byte tokens, with a context of 128."""
+def tiny_model(seed: int = 0, **options: int) -> Model:
+    """A random Llama of two layers over 256 byte tokens, with a context of 128. options: of its config."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256,
@@ -39,6 +39,7 @@ def tiny_model(seed: int = 0) -> Model:
         initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=None,
+        **options,
     )
     return Model(LlamaForCausalLM(config), byte_tokenizer())
 

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, environment, lineage, source
+from compress import artifact, environment, lineage, rounding, source
 from compress.gate import CheckResult, GateResult
 from compress.interfaces import Exporter, Plugin
 from compress.lineage import Lineage
 from compress.recipe import Recipe
 from compress.record import ExportRecord, RunRecord, StepRecord
+from compress.rounding import CacheRounding
 from compress.source import Source
 
 if TYPE_CHECKING:
@@ -33,10 +34,11 @@ def of_run(
     """
     assert record.baseline is not None and record.release is not None
     known, baseline = artifact.manifest(final), record.baseline
+    _, cache = rounding.from_json(known.get("rounding", {}))
     timed = {c.name for entry in recipe.export for c in entry.gate if c.timed}
     base = {"source": baseline.model, "files": source.digest(origin), "digest": baseline.digest}
     return {
-        **_artifact(exporter, known["name"], made.size_bytes, made.bits_per_weight, known["parameters"]),
+        **_artifact(exporter, known["name"], made.size_bytes, made.bits_per_weight, known["parameters"], cache),
         "runtime": made.runtime,
         "compute": made.compute,
         "base_model": {**base, "bytes": baseline.size_bytes, **_described(lineage.of(origin))},
@@ -55,7 +57,7 @@ def of_model(
 ) -> dict[str, Any]:
     """An artifact that no gate has looked at."""
     return {
-        **_artifact(exporter, model.name, size_bytes, bits, model.facts.parameters),
+        **_artifact(exporter, model.name, size_bytes, bits, model.facts.parameters, model.cache),
         "runtime": exporter.runtime,
         "compute": None,
         "base_model": {"source": spec, **_described(known)},
@@ -68,13 +70,15 @@ def of_model(
     }
 
 
-def _artifact(exporter: Exporter, name: str, size_bytes: int, bits: float, parameters: int) -> dict[str, Any]:
+def _artifact(
+    exporter: Exporter, name: str, size_bytes: int, bits: float, parameters: int, cache: CacheRounding | None
+) -> dict[str, Any]:
     """What is known of every artifact. size_bytes: of the files that the runtime reads."""
     return {
         "name": name,
         "format": exporter.name,
         "params": exporter.model_dump(mode="json"),
-        "usage": dict(exporter.usage),
+        "usage": dict(exporter.usage_of(cache)),
         "weights_exact": True,
         "size_bytes": size_bytes,
         "bits_per_weight": float(f"{bits:.6g}"),

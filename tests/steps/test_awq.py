@@ -9,7 +9,8 @@ from compress.interfaces import Context
 from compress.model import Model
 from compress.plugin import step
 from compress.steps.quantize._fields import round_to_nearest
-from compress.steps.quantize.awq import channel_scales, fold, output_error
+from compress.steps.quantize._folding import fold
+from compress.steps.quantize.awq import channel_scales, output_error
 from tests.tiny import byte_tokenizer, tiny_model
 
 INT4 = Encoding("int4", 16)

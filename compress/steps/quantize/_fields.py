@@ -34,6 +34,7 @@ class WeightQuantization(Step):
     """
 
     packs: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     codebooks: ClassVar[bool] = False  # whether this method can choose codes of codebooks
 
     encoding: CodedName = "int4"
@@ -97,10 +98,10 @@ def check_fit(facts: Facts, keep: Mapping[str, object], encodings: Mapping[str, 
 def refuse_encoded(model: Model, names: Mapping[str, Encoding]) -> None:
     """Raise RecipeError where a tensor that is to be quantized holds codes already."""
     for name in names:
-        if name in model.encoded and model.encoded[name].encoding.is_coded:
+        held = model.encoding(name)
+        if held is not None and held.is_coded:
             raise RecipeError(
-                f"{name} is stored in {model.encoded[name].encoding} already; rounding twice loses twice: "
-                f"start from the unquantized parent"
+                f"{name} is stored in {held} already; rounding twice loses twice: start from the unquantized parent"
             )
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from compress.encodings import Encoding
 from compress.interfaces import Context
 from compress.steps.quantize._fields import WeightQuantization, fit_grid, refuse_encoded, round_to_nearest
+from compress.steps.quantize._folding import fixed, fold, note_silence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,10 +46,10 @@ class Awq(WeightQuantization):
         chosen = self.encodings(model.facts)
         refuse_encoded(model, chosen)
         for block in walk(model, context.calibration, context.progress):
-            moments = _second_moments(block)
+            moments = _second_moments(block, context)
             for source, readers in model.facts.folds(block.index):
-                if fixed := _fixed(model, source, readers, chosen):
-                    context.notes.append(f"{source}: not scaled, since {fixed} is stored in an encoding already")
+                if held := fixed(model, source, readers, chosen):
+                    context.notes.append(f"{source}: not scaled, since {held} is stored in an encoding already")
                     continue
                 s = self._best_scales(model, readers, moments[readers[0]], chosen)
                 fold(model, source, readers, s)
@@ -105,29 +106,16 @@ def output_error(W: Tensor, s: Tensor, H: Tensor, encoding: Encoding) -> float:
     return float((E @ H).mul_(E).sum())
 
 
-def fold(model: Model, source: str, readers: Sequence[str], s: Tensor) -> None:
-    """Divide the output channels of `source` by s (m,) and multiply the columns of its readers: the same function."""
-    import torch
-
-    with torch.no_grad():
-        for parameter in model.module.get_submodule(source).parameters(recurse=False):  # weight and bias
-            parameter.div_(s if parameter.dim() == 1 else s.unsqueeze(1))
-        for name in readers:
-            model.parameter(f"{name}.weight").mul_(s)
-    model.touch()
-
-
-def _fixed(model: Model, source: str, readers: Sequence[str], chosen: Mapping[str, Encoding]) -> str | None:
-    """A tensor that a fold would have to change, and that an earlier step has stored for good; or None."""
-    own = [f"{source}.{name}" for name, _ in model.module.get_submodule(source).named_parameters(recurse=False)]
-    touched = [*own, *(f"{name}.weight" for name in readers)]
-    return next((name for name in touched if name in model.encoded and name not in chosen), None)
-
-
-def _second_moments(block: Block) -> dict[str, Tensor]:
+def _second_moments(block: Block, context: Context) -> dict[str, Tensor]:
     """Σ xxᵀ over the calibration tokens, (m, m), per linear; those of a stage share one."""
     from compress.numerics.hessian import Hessian
 
     hessians = {names: Hessian(block.linears[names[0]].in_features) for names in block.stages}
     block.observe(lambda names, X: hessians[names].add(X))
+    for names, hessian in hessians.items():
+        note_silence(context, names[0], hessian.matrix.diagonal())
+        if block.index == 0 and hessian.tokens < len(hessian.matrix):
+            context.notes.append(
+                f"{names[0]}: {hessian.tokens} calibration tokens for {len(hessian.matrix)} input channels"
+            )
     return {name: H for names, hessian in hessians.items() for H in (hessian.matrix,) for name in names}

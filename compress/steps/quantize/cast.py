@@ -19,6 +19,7 @@ class Cast(Step):
 
     name: ClassVar[str] = "quantize.cast"
     packs: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
 
     encoding: Literal["fp16", "bf16"] = "fp16"
 

