@@ -184,3 +184,13 @@ class Writing:
         texts = [text[: len(window)] for text, window in zip(texts, windows, strict=True)]
         self.written += sum(len(text) - given for text in texts)
         return self.reading.backward(student, texts)
+
+    def state(self) -> dict[str, Tensor]:
+        """The generator's state and the counts."""
+        counts = torch.tensor([self.own, self.others, self.written])
+        return {"generator": self.generator.get_state(), "counts": counts}
+
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Go on drawing and counting from there."""
+        self.generator.set_state(state["generator"])
+        self.own, self.others, self.written = state["counts"].tolist()

@@ -6,7 +6,7 @@ What mlx-lm calls distilled weight quantization, on the field's usual loss (Hint
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -40,12 +40,13 @@ class Scales(Distillation):
 
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    patience: int = Field(2, ge=1)
+    patience: int | None = Field(2, ge=1)
 
     def apply(self, model: Model, context: Context) -> None:
         """Train in place; on any error scales and norms are as they were."""
+        from compress.steps.distill._checkpoints import workplace
         from compress.steps.distill._lessons import Reading
-        from compress.steps.distill._network import Network, training
+        from compress.steps.distill._network import Network, recomputing, training
         from compress.steps.distill._training import Learner, Ruler, first, learn, plan_batches
 
         coded = learnable(model)
@@ -55,13 +56,15 @@ class Scales(Distillation):
         lesson = Reading(teacher, self.temperature, alpha=1.0)
         ruler = Ruler(self.name, teacher, first(context.selection, self.selection_tokens))
         batches = plan_batches(self.name, context.calibration, self.tokens, self.batch, context.seed)
-        with training(model, "norms", rank=0, seed=context.seed) as gains:
+        with workplace(context) as folder, training(model, "norms", 0, context.seed, folder) as gains:
             rates = {n: self.learning_rate * float(g.detach().square().mean().sqrt()) for n, g in gains.items()}
             student = Network(model.module, learns=True)
-            with scaled(model, student, coded) as (thetas, settle):
+            with scaled(model, student, coded) as (thetas, settle), ExitStack() as stack:
+                if self.gradient_checkpointing:
+                    stack.enter_context(recomputing(model, student))
                 rates |= dict.fromkeys(thetas, self.learning_rate)
                 learner = Learner(student, {**gains, **thetas}, rates, masks={}, settle=settle)
-                outcome = learn(self, learner, lesson, ruler, batches, context, self.patience)
+                outcome = learn(self, learner, lesson, ruler, batches, context, folder)
             learned = {name: rescaled(coded[name], theta) for name, theta in thetas.items()}
             for name, tensor in learned.items():
                 model.store(name, tensor)
