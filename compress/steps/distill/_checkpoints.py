@@ -25,6 +25,7 @@ from compress.interfaces import Context
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.safetensors"
+SEAL = "compress"  # the entry of a file's header that holds facts and digest
 
 
 @runtime_checkable
@@ -158,8 +159,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | 
 
     stored = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(facts or {}, sort_keys=True)
+    seal = json.dumps({"facts": facts or {}, "sha256": _digest(stored, text)}, sort_keys=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(stored, temporary, metadata={"facts": text, "sha256": _digest(stored, text)})
+    save_file(stored, temporary, metadata={SEAL: seal})  # one entry: the header lists several in no fixed order
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -171,14 +173,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            seal = json.loads((file.metadata() or {})[SEAL])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        facts: dict[str, Any] = json.loads(metadata["facts"])
+        facts: dict[str, Any] = seal["facts"]
+        sha256 = seal["sha256"]
     except FileNotFoundError:
         raise
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise Corrupt(f"{path}: not readable ({error})") from None
-    if metadata.get("sha256") != _digest(tensors, metadata["facts"]):
+    if sha256 != _digest(tensors, json.dumps(facts, sort_keys=True)):
         raise Corrupt(f"{path}: its bytes do not match their sha256")
     return tensors, facts
 
