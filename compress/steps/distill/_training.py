@@ -38,8 +38,8 @@ class Learner:
 
     def changed(self) -> None:
         """Let the student follow its parameters."""
-        self.student.refresh()
         self.settle()
+        self.student.refresh()
 
 
 @dataclass(frozen=True)

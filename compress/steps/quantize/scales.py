@@ -45,6 +45,7 @@ class Scales(Distillation):
     def apply(self, model: Model, context: Context) -> None:
         """Train in place; on any error scales and norms are as they were."""
         from compress.steps.distill._checkpoints import workplace
+        from compress.steps.distill._coded import learnable, rescaled
         from compress.steps.distill._lessons import Reading
         from compress.steps.distill._network import Network, recomputing, training
         from compress.steps.distill._training import Learner, Ruler, first, learn, plan_batches
@@ -73,27 +74,14 @@ class Scales(Distillation):
         context.notes.append(f"{self.name}: {outcome} ({self.tokens} tokens){rest}")
 
 
-def learnable(model: Model) -> dict[str, EncodedTensor]:
-    """The linears' tensors that hold codes with float16 scales, by name."""
-    import torch
-
-    found = {f"{name}.weight": model.encoded.get(f"{name}.weight") for name in model.facts.linears}
-    return {n: e for n, e in found.items() if e is not None and e.scales is not None and e.scales.dtype == torch.half}
-
-
-def rescaled(tensor: EncodedTensor, theta: Tensor) -> EncodedTensor:
-    """The same codes and zero points under scales exp(θ) s, rounded to float16; theta: (n, groups) float32."""
-    assert tensor.scales is not None
-    scales = (tensor.scales.float() * theta.detach().exp()).half()
-    return EncodedTensor(tensor.encoding, tensor.codes, scales, tensor.zero_points)
-
-
 @contextmanager
 def scaled(
     model: Model, student: Network, coded: Mapping[str, EncodedTensor]
 ) -> Iterator[tuple[dict[str, nn.Parameter], Callable[[], None]]]:
     """A θ of zeros per coded tensor that the student's linears answer to, and what decodes all of them anew."""
     import torch
+
+    from compress.steps.distill._coded import rescaled
 
     inside = {parameter: name for name, parameter in student.body.named_parameters()}
     weights = {name: student.frozen[inside[model.parameter(name)]] for name in coded}
