@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compress.errors import Corrupt
 from compress.interfaces import Context
+from compress.steps.distill import _parallel as parallel
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ class Course:
 
 @contextmanager
 def workplace(context: Context) -> Iterator[Path]:
-    """The step's folder for unfinished work, or a temporary one where it has none."""
-    if context.work is not None:
+    """The step's folder for unfinished work, or a temporary one where it has none, or several processes train."""
+    if context.work is not None and parallel.place()[1] == 1:
         yield context.work
         return
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:

@@ -13,6 +13,7 @@ from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.numerics.adam import LeanAdam
 from compress.numerics.distillation import divergence_through_heads, warm_cosine
+from compress.steps.distill import _parallel as parallel
 from compress.steps.distill._checkpoints import CHECKPOINT, Course, Journal, read, restore
 from compress.steps.distill._fields import Distillation
 from compress.steps.distill._lessons import Lesson
@@ -134,8 +135,9 @@ def optimize(
     parameters = learner.parameters
     for i, windows in enumerate(batches[taken:], taken):
         optimizer.zero_grad()
-        loss = lesson.backward(learner.student, windows)
+        loss = lesson.backward(learner.student, parallel.share(windows))
         learner.gather()
+        loss = parallel.combine(parameters.values(), loss)
         apply_masks(learner.masks, {n: p.grad for n, p in parameters.items() if p.grad is not None})
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), step.clip)
         if not (loss < float("inf") and bool(torch.isfinite(norm))):
@@ -157,10 +159,10 @@ class Ruler:
     """Mean KL to the teacher over fixed windows; the teacher runs once. name: of the step, for errors."""
 
     def __init__(self, name: str, teacher: Network, windows: Sequence[Tensor]):
-        self.name, self.windows, self.teacher = name, windows, teacher
+        self.name, self.windows, self.teacher = name, parallel.share(windows), teacher
         self.tokens = sum(map(len, windows))
         with torch.no_grad():  # the head rounds its input to bfloat16 anyway
-            self.targets = [teacher.hidden(window).bfloat16() for window in windows]
+            self.targets = [teacher.hidden(window).bfloat16() for window in self.windows]
 
     def divergence(self, student: Network) -> float:
         """Nats per token; raises NumericalError if it is not finite."""
@@ -169,6 +171,7 @@ class Ruler:
             for window, target in zip(self.windows, self.targets, strict=True):
                 hidden = student.hidden(window)
                 total += divergence_through_heads(hidden, target, student.head, self.teacher.head)
+        total = parallel.total(total)
         if not total < float("inf"):
             raise NumericalError(f"{self.name}: the divergence on the selection data is {total}")
         return total / self.tokens

@@ -125,10 +125,10 @@ class _Rounding:
     def gather(self) -> None:
         """Hand the images' gradients to the weights and scales."""
         for name, latent in self.behind.items():
-            gradient = self.images[name].grad
-            assert gradient is not None
-            latent.take(gradient, self.now[name])
-            self.images[name].grad = None
+            image = self.images[name]
+            if image.grad is not None:  # as in a process whose share of the batch is empty
+                latent.take(image.grad, self.now[name])
+                image.grad = None
 
 
 @contextmanager
