@@ -116,7 +116,8 @@ class Context:
     """What a step may use besides the model.
 
     calibration, selection: windows of token ids, each (length,) int64. teacher opens the recipe's baseline, and
-    dismiss releases its memory; asked again, it opens anew.
+    dismiss releases its memory; asked again, it opens anew. work: a folder for unfinished work, which outlives a
+    killed process and is found again by the same step on the same inputs; None where there is none.
     """
 
     seed: int
@@ -125,6 +126,7 @@ class Context:
     teacher: Callable[[], Model] | None = None
     dismiss: Callable[[], None] = lambda: None
     progress: Progress = lambda label, fraction: None
+    work: Path | None = None
     notes: list[str] = field(default_factory=list)  # what the report must say about this step
 
 

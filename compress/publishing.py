@@ -54,6 +54,21 @@ def publish(temporary: Path, folder: Path, keep: bool = False) -> None:
     _sync(folder.parent)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold an existing folder by the kernel's lock for a while; False, without it, where another process does."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
 def sweep(parent: Path) -> None:
     """Remove the temporary folders in `parent` whose writers are gone, and temporary files, which nobody may write."""
     for path in parent.glob(f".*{SUFFIX}"):

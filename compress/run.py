@@ -7,6 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,19 +169,21 @@ class _Work:
             return folder, {**made, "cached": True}
         bench.reporter.say(f"{step.name} {_brief(step)}")
         started = time.monotonic()
-        model = artifact.load(parent, bench.recipe.dtype)  # its own copy: the step changes it in place
-        context = Context(
-            seed=bench.recipe.seed,
-            calibration=bench.windows("calibration", model) if needs["calibration"] else (),
-            selection=bench.windows("selection", model) if needs["selection"] else (),
-            teacher=lambda: bench.model(bench.baseline),
-            dismiss=bench.close,
-            progress=bench.progress(step.name),
-        )
-        step.apply(model, context)
-        model.touch()
-        folder = bench.store.save(model, key)
-        model.close()
+        with bench.store.work(key) if step.recovers else nullcontext() as work:
+            model = artifact.load(parent, bench.recipe.dtype)  # its own copy: the step changes it in place
+            context = Context(
+                seed=bench.recipe.seed,
+                calibration=bench.windows("calibration", model) if needs["calibration"] else (),
+                selection=bench.windows("selection", model) if needs["selection"] else (),
+                teacher=lambda: bench.model(bench.baseline),
+                dismiss=bench.close,
+                progress=bench.progress(step.name),
+                work=work,
+            )
+            step.apply(model, context)
+            model.touch()
+            folder = bench.store.save(model, key)
+            model.close()
         made = {
             "seconds": round(time.monotonic() - started, 1),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FORGOTTEN = 14 * 86400.0  # seconds since the last checkpoint of a step that was not finished
 _WRITTEN_BY_NOW = 3600.0  # seconds; a record is a few kilobytes
 
 
@@ -74,9 +76,28 @@ class Store:
         artifact.save(model, self.artifact_path(key), keep=True)
         return self.artifact_path(key)
 
+    @contextmanager
+    def work(self, key: str) -> Iterator[Path | None]:
+        """A folder for unfinished work under a key, as the last process left it; removed where the body succeeds.
+
+        None where another process works in it at this moment.
+        """
+        folder = self.root / "work" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        with publishing.held(folder) as mine:
+            yield folder if mine else None
+            if mine:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def sweep(self) -> None:
-        """Remove what killed processes left half written."""
+        """Remove what killed processes left half written, and unfinished work that nobody came back for."""
         publishing.sweep(self.root / "artifacts")
+        for folder in (self.root / "work").glob("*"):
+            with suppress(FileNotFoundError):
+                if time.time() - folder.stat().st_mtime > _FORGOTTEN:
+                    with publishing.held(folder) as mine:
+                        if mine:
+                            shutil.rmtree(folder, ignore_errors=True)
         for path in (self.root / "records").glob("*/.*"):
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _WRITTEN_BY_NOW:

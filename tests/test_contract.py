@@ -30,6 +30,7 @@ FIELDS = {
         "prompt_tokens": 8,
         "new_tokens": 24,
     },
+    "distill.qat": {"tokens": 512, "selection_tokens": 64, "batch": 1, "checks": 1},
     "prune.heads": {"groups": 1},
     "prune.hidden": {"fraction": 0.5, "round_to": 16},
     "prune.layers": {"count": 1},

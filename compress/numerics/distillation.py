@@ -112,24 +112,36 @@ def _add_cross_entropy(loss: Tensor, gradient: Tensor, student: Tensor, labels: 
 
 
 def backward_through_heads(
-    hidden: Tensor, head: Head, loss: Loss, scale: float = 1.0, chunk: int = 128, beside: Tensor | None = None
+    hidden: Tensor,
+    head: Head,
+    loss: Loss,
+    scale: float = 1.0,
+    chunk: int = 128,
+    beside: Tensor | None = None,
+    block: int = 512,
 ) -> float:
     """Sum of the loss over tokens; accumulates `scale` times its gradient behind `hidden` and in the head.
 
-    hidden: (tokens, width). At most `chunk` tokens' logits exist at any time: each chunk's gradient goes into a
-    detached copy of the hidden states, and the body's backward runs once at the end. beside: a sum of another loss
-    over the same tokens with a graph of its own, added and scaled alike. Nothing is accumulated in the body if the
-    sum is not finite: the caller sees it and stops.
+    hidden: (tokens, width). Logits of at most `block` tokens exist at any time, in the head's dtype, and of `chunk` in
+    float32: a chunk's gradient takes the place of its logits, a block's goes into a detached copy of the hidden states
+    and into the head, and the body's backward runs once at the end. beside: a sum of another loss over the same
+    tokens with a graph of its own, added and scaled alike. Nothing is accumulated in the body if the sum is not
+    finite: the caller sees it and stops.
     """
     leaf = hidden.detach().requires_grad_()
     total = 0.0 if beside is None else float(beside.detach())
-    for start in range(0, len(hidden), chunk):
-        rows = slice(start, min(start + chunk, len(hidden)))
-        logits = head(leaf[rows])
-        with torch.no_grad():
-            losses, gradient = loss(logits.float(), rows)
-        torch.autograd.backward(logits, (gradient * scale).to(logits.dtype))
-        total += float(losses.double().sum())
+    for start in range(0, len(hidden), block):
+        rows = range(start, min(start + block, len(hidden)))
+        logits = head(leaf[rows.start : rows.stop])
+        gradient = logits.detach()  # the same memory: no backward of a linear reads its output
+        for at in rows[::chunk]:
+            part = slice(at, min(at + chunk, rows.stop))
+            place = gradient[at - start : part.stop - start]
+            with torch.no_grad():
+                losses, own = loss(place.float(), part)
+                place.copy_(own * scale)
+            total += float(losses.double().sum())
+        torch.autograd.backward(logits, gradient)
     if hidden.requires_grad and math.isfinite(total):
         roots, gradients = [hidden], [leaf.grad]
         if beside is not None:

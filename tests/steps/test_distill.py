@@ -282,7 +282,9 @@ def test_the_listing_of_the_page_is_valid_and_its_bytes_are_right():
     page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text(encoding="utf-8")
     listing = YAML(typ="safe").load(page.split("```yaml\n")[1].split("```")[0])
     made = [step(name)(**fields) for entry in listing for name, fields in entry.items()]
-    assert {s.name for s in made} == {f"distill.{name}" for name in ("logits", "sequence", "on_policy", "hidden")}
+    assert {s.name for s in made} == {
+        f"distill.{name}" for name in ("logits", "sequence", "on_policy", "qat", "hidden")
+    }
     table = re.findall(r"^\| top_k: (\d+) \| ([\d,]+) \| ([\d.]+) MB \|$", page, re.MULTILINE)
     assert len(table) == 3
     for k, size, total in table:

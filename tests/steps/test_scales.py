@@ -11,9 +11,10 @@ from compress.interfaces import Context
 from compress.model import Model
 from compress.numerics.scaled_linear import ScaledLinear
 from compress.plugin import step
+from compress.steps.distill._coded import learnable, rescaled
 from compress.steps.distill._network import Network
 from compress.steps.distill._training import Ruler
-from compress.steps.quantize.scales import Scales, learnable, rescaled, scaled
+from compress.steps.quantize.scales import Scales, scaled
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

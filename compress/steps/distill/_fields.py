@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -26,8 +27,11 @@ class Distillation(Step):
     """Training for a fixed number of tokens on what the baseline says, and keeping the best of a few states.
 
     The data are the calibration windows in a seeded random order, over and over until `tokens` are read. batch:
-    windows per optimizer step. KL to the baseline is measured on the first `selection_tokens` of the selection
-    data before training and `checks` times along it.
+    windows per optimizer step, whose gradients are accumulated one window at a time. KL to the baseline is measured on
+    the first `selection_tokens` of the selection data before training and `checks` times along it; with `patience`,
+    training ends after so many checks in a row without a new best. moments: how Adam keeps its two moments.
+    gradient_checkpointing: keep the inputs of blocks only, and compute their insides again for the gradients. A
+    killed run goes on from its last checkpoint, written every `save_steps` optimizer steps.
     """
 
     recovers: ClassVar[bool] = True
@@ -40,6 +44,10 @@ class Distillation(Step):
     clip: float = Field(1.0, gt=0, allow_inf_nan=False)
     selection_tokens: int = Field(8192, ge=2)
     checks: int = Field(4, ge=1)
+    patience: int | None = Field(None, ge=1)
+    moments: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(20, ge=1)
 
     def teacher(self, model: Model, context: Context) -> Model:
         """The baseline; raises RecipeError where it, or data, is missing or does not fit the student."""
@@ -89,14 +97,20 @@ class WeightDistillation(Distillation):
         beside: parameters of the lesson's own that learn along, at the peak rate `beside_rate`.
         """
         from compress.steps.distill import _network as net
+        from compress.steps.distill._checkpoints import workplace
         from compress.steps.distill._training import Learner, learn
 
-        with net.training(model, self.train, self.lora_rank, context.seed) as parameters:
+        with ExitStack() as stack:
+            folder = stack.enter_context(workplace(context))
+            training = net.training(model, self.train, self.lora_rank, context.seed, folder)
+            parameters = stack.enter_context(training)
             student = net.Network(model.module, learns=True)
+            if self.gradient_checkpointing:
+                stack.enter_context(net.recomputing(model, student))
             rates = dict.fromkeys(parameters, self.learning_rate or LEARNING_RATES[self.train])
             rates |= dict.fromkeys(beside or {}, beside_rate)
             learner = Learner(student, {**parameters, **(beside or {})}, rates, model.masks)
-            return learn(self, learner, lesson, ruler, batches, context)
+            return learn(self, learner, lesson, ruler, batches, context, folder)
 
 
 class Generation(WeightDistillation):

@@ -23,6 +23,7 @@ from compress.numerics.distillation import (
     top_k_loss_and_gradient,
 )
 from compress.numerics.top_k import TopK
+from compress.steps.distill import _parallel as parallel
 from compress.steps.distill._network import Network
 from compress.steps.distill._sampling import write
 
@@ -31,7 +32,10 @@ class Lesson(Protocol):
     """A loss over windows of token ids."""
 
     def backward(self, student: Network, windows: Sequence[Tensor]) -> float:
-        """Mean loss over the windows' scored positions, its gradient accumulated; one window at a time."""
+        """Mean loss over the windows' scored positions, its gradient accumulated; one window at a time.
+
+        Of several processes that train together, each returns and accumulates its part of the mean over all.
+        """
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def _plain(labels: Tensor, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]
 
 def backward_in_turn(student: Network, windows: Sequence[Tensor], given: int, loss: Callable[[Tensor], Loss]) -> float:
     """Mean loss over all positions but the first `given` of each window, its gradient accumulated."""
-    positions = sum(len(window) - given for window in windows)
+    positions = parallel.total(sum(len(window) - given for window in windows))
     total = 0.0
     for window in windows:
         of_rows = loss(window)
@@ -184,3 +188,13 @@ class Writing:
         texts = [text[: len(window)] for text, window in zip(texts, windows, strict=True)]
         self.written += sum(len(text) - given for text in texts)
         return self.reading.backward(student, texts)
+
+    def state(self) -> dict[str, Tensor]:
+        """The generator's state and the counts."""
+        counts = torch.tensor([self.own, self.others, self.written])
+        return {"generator": self.generator.get_state(), "counts": counts}
+
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Go on drawing and counting from there."""
+        self.generator.set_state(state["generator"])
+        self.own, self.others, self.written = state["counts"].tolist()

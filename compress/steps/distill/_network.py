@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from compress.errors import RecipeError
+from compress.steps.distill._checkpoints import restore
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -20,22 +24,39 @@ if TYPE_CHECKING:
 class Network:
     """A model's body and head with matrix products in bfloat16 (autocast) and everything else in float32.
 
-    Autocast converts a frozen weight at every forward; `learns=False`, and every frozen matrix of a network
-    that learns, are converted once instead. Build it after `requires_grad` is set.
+    Autocast converts a weight at every forward. Here frozen matrices, and all of them with `learns=False`, are
+    converted once, and matrices that learn once per optimizer step: products read a bfloat16 shadow, whose gradient is
+    added to the float32 parameter's. Build it after `requires_grad` is set, and `refresh` it after every change.
     """
 
     def __init__(self, module: Any, learns: bool):
         self.body = module.base_model
         output = module.get_output_embeddings()
         embedding = module.get_input_embeddings().weight
+        self.shadows: dict[nn.Parameter, Tensor] = {}
+        # Adapters are left to autocast: peft computes with them in float32.
         self.frozen: dict[str, Tensor] = {
-            name: parameter.detach().bfloat16()
+            name: self._converted(parameter, learns)
             for name, parameter in self.body.named_parameters()
-            if parameter.ndim == 2 and parameter is not embedding and not (learns and parameter.requires_grad)
+            if parameter.ndim == 2 and parameter is not embedding and not (learns and ".lora_" in name)
         }
-        frozen_head = not (learns and output.weight.requires_grad)
-        self.head_weight = output.weight.detach().bfloat16() if frozen_head else output.weight
+        self.head_weight = self._converted(output.weight, learns)
         self.head_bias = output.bias
+
+    def _converted(self, parameter: nn.Parameter, learns: bool) -> Tensor:
+        """The parameter in bfloat16; where it learns, a leaf that hands its gradients on."""
+        if not (learns and parameter.requires_grad):
+            return parameter.detach().bfloat16()
+        shadow = parameter.detach().bfloat16().requires_grad_()
+        shadow.register_post_accumulate_grad_hook(partial(_hand_on, parameter))  # type: ignore[no-untyped-call]
+        self.shadows[parameter] = shadow
+        return shadow
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Let the shadows follow their parameters."""
+        for parameter, shadow in self.shadows.items():
+            shadow.copy_(parameter)
 
     def hidden(self, window: Tensor) -> Tensor:
         """Final hidden states (length, width) of one window (length,)."""
@@ -62,6 +83,59 @@ class Network:
         self.body, self.frozen = None, {}
 
 
+def _hand_on(parameter: nn.Parameter, shadow: Tensor) -> None:
+    """Add a shadow's gradient to its parameter's, in float32."""
+    assert shadow.grad is not None
+    if parameter.grad is None:
+        parameter.grad = shadow.grad.float()
+    else:
+        parameter.grad += shadow.grad
+    shadow.grad = None
+
+
+@contextmanager
+def recomputing(model: Model, network: Network) -> Iterator[None]:
+    """Keep only the inputs of the blocks for the backward pass, and compute each block's inside again there.
+
+    Chen et al. 2016, arXiv:1604.06174.
+    """
+    blocks = list(model.module.get_submodule(model.facts.architecture.blocks))
+    stem = model.facts.architecture.blocks.removeprefix(f"{model.module.base_model_prefix}.")
+    try:
+        for i, block in enumerate(blocks):
+            prefix = f"{stem}.{i}."
+            own = {n.removeprefix(prefix): t for n, t in network.frozen.items() if n.startswith(prefix)}
+            block.forward = _recomputed(_Block(block), own)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own again
+
+
+class _Block(nn.Module):
+    """A block's computation without its hooks, which must see it once."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block, self.run = block, block.forward
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.run(*inputs, **options)
+
+
+def _recomputed(block: _Block, weights: Mapping[str, Tensor]) -> Any:
+    """A block's forward, computed again in the backward pass with the same weights."""
+    named = {f"block.{name}": tensor for name, tensor in weights.items()}
+
+    def run(*inputs: Any, **options: Any) -> Any:
+        return functional_call(block, named, inputs, options)
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return forward
+
+
 def trained_tensors(model: Model, train: str) -> list[str]:
     """Names of the tensors that training `norms`, `lora` or `all` changes; RecipeError if one is encoded."""
     facts, names = model.facts, [name for name, _ in model.module.named_parameters()]
@@ -80,22 +154,20 @@ def trained_tensors(model: Model, train: str) -> list[str]:
 
 
 @contextmanager
-def training(model: Model, train: str, rank: int, seed: int) -> Iterator[dict[str, nn.Parameter]]:
+def training(model: Model, train: str, rank: int, seed: int, folder: Path) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters to train, by name; on leaving, adapters are merged and masked weights are zero.
 
-    If the body raises, every weight is as it was before.
+    folder: where `learn` writes down the state at the start. If the body raises, every weight is as it was before.
     """
     tensors = trained_tensors(model, train)
     flags = {name: p.requires_grad for name, p in model.module.named_parameters()}
     adapters: Any = None
     parameters: dict[str, nn.Parameter] = {}
-    start: dict[str, Tensor] = {}
     try:
         model.module.requires_grad_(False)
         adapters = _add_adapters(model, rank, seed) if train == "lora" else None
         wanted = set() if adapters else set(tensors)
         parameters = {n: p for n, p in model.module.named_parameters() if n in wanted or ".lora_" in n}
-        start = {} if adapters else snapshot(parameters)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         yield parameters
@@ -104,25 +176,13 @@ def training(model: Model, train: str, rank: int, seed: int) -> Iterator[dict[st
     except BaseException:
         if adapters:
             adapters.unload()
-        restore(parameters, start)
+        restore(folder, 0, parameters)
         raise
     finally:
         for name, parameter in model.module.named_parameters():
             parameter.requires_grad_(flags[name]).grad = None
         apply_masks(model.masks, dict(model.module.named_parameters()))
         model.touch()
-
-
-def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of the values."""
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-@torch.no_grad()
-def restore(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Write a snapshot back."""
-    for name, value in values.items():
-        parameters[name].copy_(value)
 
 
 @torch.no_grad()

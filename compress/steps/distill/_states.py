@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compress.errors import NumericalError
 from compress.numerics.distillation import backward_through_heads
+from compress.steps.distill import _parallel as parallel
 from compress.steps.distill._lessons import Reading
 from compress.steps.distill._network import Network
 
@@ -116,7 +117,7 @@ class Matching:
 
     def backward(self, student: Network, windows: Sequence[Tensor]) -> float:
         """See `Lesson`."""
-        positions = sum(len(window) - 1 for window in windows)
+        positions = parallel.total(sum(len(window) - 1 for window in windows))
         total = 0.0
         for window in windows:
             of_rows = self.reading.loss(window)

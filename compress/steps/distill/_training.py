@@ -4,30 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
+from compress.numerics.adam import LeanAdam
 from compress.numerics.distillation import divergence_through_heads, warm_cosine
+from compress.steps.distill import _parallel as parallel
+from compress.steps.distill._checkpoints import CHECKPOINT, Course, Journal, read, restore
 from compress.steps.distill._fields import Distillation
 from compress.steps.distill._lessons import Lesson
-from compress.steps.distill._network import Network, apply_masks, restore, snapshot
+from compress.steps.distill._network import Network, apply_masks
+
+BETAS = (0.9, 0.95)  # Adam's, as usual for language models of few steps
 
 
 @dataclass
 class Learner:
     """What is trained: a student, its parameters with the peak of their learning rates, and its masks.
 
-    settle: called whenever the parameters have changed, before the student runs again.
+    gather: called when the gradients of a step are complete, before they are clipped. settle: called whenever the
+    parameters have changed, before the student runs again.
     """
 
     student: Network
     parameters: Mapping[str, nn.Parameter]
     rates: Mapping[str, float]
     masks: Mapping[str, Tensor]
+    gather: Callable[[], None] = lambda: None
     settle: Callable[[], None] = lambda: None
+
+    def changed(self) -> None:
+        """Let the student follow its parameters."""
+        self.settle()
+        self.student.refresh()
 
 
 @dataclass(frozen=True)
@@ -58,41 +71,73 @@ def learn(
     ruler: Ruler,
     batches: Sequence[Sequence[Tensor]],
     context: Context,
-    patience: int | None = None,
+    folder: Path,
 ) -> Outcome:
     """Train, and leave the learner in the state of least KL by the ruler, the starting one included.
 
-    batches: the windows of each optimizer step. patience: checks in a row without a new best after which training
-    ends.
+    batches: the windows of each optimizer step. folder: for states and checkpoints; a fitting checkpoint found there
+    is where training goes on.
     """
-    best = before = ruler.divergence(learner.student)
-    kept, taken, values = 0, 0, snapshot(learner.parameters)
+    optimizer = _optimizer(step, learner, context.seed)
+    settings = f"{step.name} {step.version} {context.seed} {len(batches)} {step.model_dump_json()}"
+    journal = Journal(folder, settings, learner.parameters, optimizer, lesson)
+    course = journal.resume()
+    if course is None:
+        before = ruler.divergence(learner.student)
+        course = Course(before, before)
+        journal.keep(0)
+    learner.changed()
     due = {len(batches) * (i + 1) // step.checks for i in range(step.checks)}
-    fruitless = 0
-    for taken in optimize(step, learner, lesson, batches, context):
-        if taken not in due:
-            continue
-        fruitless += 1
-        if (now := ruler.divergence(learner.student)) < best:
-            best, kept, values, fruitless = now, taken, snapshot(learner.parameters), 0
-        if fruitless == patience:
-            break
-    restore(learner.parameters, values)
-    learner.settle()
-    return Outcome(before, best, kept, taken, len(batches), ruler.tokens)
+    try:
+        for taken in optimize(step, learner, lesson, batches, context, optimizer, course.taken):
+            course.taken = taken
+            if taken in due:
+                course.fruitless += 1
+                if (now := ruler.divergence(learner.student)) < course.best:
+                    course.best, course.kept, course.fruitless = now, taken, 0
+                    journal.keep(taken)
+            if course.fruitless == step.patience:
+                break
+            if taken % step.save_steps == 0 and context.work is not None:
+                journal.checkpoint(course)
+    except NumericalError as error:
+        raise NumericalError(f"{error}{_left(folder, context)}") from error
+    restore(folder, course.kept, learner.parameters)
+    learner.changed()
+    return Outcome(course.before, course.best, course.kept, course.taken, len(batches), ruler.tokens)
+
+
+def _left(folder: Path, context: Context) -> str:
+    """Where the last checkpoint is, in words, for the message of a training that failed."""
+    file = folder / CHECKPOINT
+    if context.work is None or not file.exists():
+        return ""
+    return f"; the last good checkpoint, after step {read(file)[1]['course']['taken']}, stays in {file}"
+
+
+def _optimizer(step: Distillation, learner: Learner, seed: int) -> torch.optim.Optimizer:
+    groups = [{"params": [p], "lr": learner.rates[name]} for name, p in learner.parameters.items()]
+    if step.moments == "bfloat16":
+        return LeanAdam(groups, betas=BETAS, seed=seed)
+    return torch.optim.Adam(groups, betas=BETAS, fused=True)
 
 
 def optimize(
-    step: Distillation, learner: Learner, lesson: Lesson, batches: Sequence[Sequence[Tensor]], context: Context
+    step: Distillation,
+    learner: Learner,
+    lesson: Lesson,
+    batches: Sequence[Sequence[Tensor]],
+    context: Context,
+    optimizer: torch.optim.Optimizer,
+    taken: int = 0,
 ) -> Iterator[int]:
-    """Take the optimizer steps, and yield how many are taken after each."""
+    """Take the optimizer steps after the first `taken`, and yield how many are taken after each."""
     parameters = learner.parameters
-    peaks = [learner.rates[name] for name in parameters]
-    groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters.values(), peaks, strict=True)]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    for i, windows in enumerate(batches):
+    for i, windows in enumerate(batches[taken:], taken):
         optimizer.zero_grad()
-        loss = lesson.backward(learner.student, windows)
+        loss = lesson.backward(learner.student, parallel.share(windows))
+        learner.gather()
+        loss = parallel.combine(parameters.values(), loss)
         apply_masks(learner.masks, {n: p.grad for n, p in parameters.items() if p.grad is not None})
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), step.clip)
         if not (loss < float("inf") and bool(torch.isfinite(norm))):
@@ -101,11 +146,11 @@ def optimize(
                 f"keeps the weights from before {step.name}; lower learning_rate"
             )
         factor = warm_cosine(i, len(batches), max(1, len(batches) // 10))
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
+        for group, name in zip(optimizer.param_groups, parameters, strict=True):
+            group["lr"] = learner.rates[name] * factor
         optimizer.step()
         apply_masks(learner.masks, parameters)
-        learner.settle()
+        learner.changed()
         context.progress(f"step {i + 1}/{len(batches)}, loss {loss:.4f}", (i + 1) / len(batches))
         yield i + 1
 
@@ -114,10 +159,10 @@ class Ruler:
     """Mean KL to the teacher over fixed windows; the teacher runs once. name: of the step, for errors."""
 
     def __init__(self, name: str, teacher: Network, windows: Sequence[Tensor]):
-        self.name, self.windows, self.teacher = name, windows, teacher
+        self.name, self.windows, self.teacher = name, parallel.share(windows), teacher
         self.tokens = sum(map(len, windows))
         with torch.no_grad():  # the head rounds its input to bfloat16 anyway
-            self.targets = [teacher.hidden(window).bfloat16() for window in windows]
+            self.targets = [teacher.hidden(window).bfloat16() for window in self.windows]
 
     def divergence(self, student: Network) -> float:
         """Nats per token; raises NumericalError if it is not finite."""
@@ -126,6 +171,7 @@ class Ruler:
             for window, target in zip(self.windows, self.targets, strict=True):
                 hidden = student.hidden(window)
                 total += divergence_through_heads(hidden, target, student.head, self.teacher.head)
+        total = parallel.total(total)
         if not total < float("inf"):
             raise NumericalError(f"{self.name}: the divergence on the selection data is {total}")
         return total / self.tokens

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from compress.errors import RecipeError
 from compress.interfaces import Context
 from compress.steps.distill._fields import Generation
 
@@ -36,9 +37,12 @@ class OnPolicy(Generation):
 
         from compress.steps.distill import _network as net
         from compress.steps.distill._lessons import Reading, Writing
+        from compress.steps.distill._parallel import place
         from compress.steps.distill._training import Ruler, first, plan_batches
 
         self.check(model.facts)
+        if place()[1] > 1:
+            raise RecipeError(f"{self.name}: the model writes in one process, found {place()[1]}; run it in one")
         net.trained_tensors(model, self.train)
         teacher = net.Network(self.teacher(model, context).module, learns=False)
         given, length = self.prompt_tokens, self.prompt_tokens + self.new_tokens

@@ -6,7 +6,7 @@ What mlx-lm calls distilled weight quantization, on the field's usual loss (Hint
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -40,12 +40,14 @@ class Scales(Distillation):
 
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    patience: int = Field(2, ge=1)
+    patience: int | None = Field(2, ge=1)
 
     def apply(self, model: Model, context: Context) -> None:
         """Train in place; on any error scales and norms are as they were."""
+        from compress.steps.distill._checkpoints import workplace
+        from compress.steps.distill._coded import learnable, rescaled
         from compress.steps.distill._lessons import Reading
-        from compress.steps.distill._network import Network, training
+        from compress.steps.distill._network import Network, recomputing, training
         from compress.steps.distill._training import Learner, Ruler, first, learn, plan_batches
 
         coded = learnable(model)
@@ -55,13 +57,15 @@ class Scales(Distillation):
         lesson = Reading(teacher, self.temperature, alpha=1.0)
         ruler = Ruler(self.name, teacher, first(context.selection, self.selection_tokens))
         batches = plan_batches(self.name, context.calibration, self.tokens, self.batch, context.seed)
-        with training(model, "norms", rank=0, seed=context.seed) as gains:
+        with workplace(context) as folder, training(model, "norms", 0, context.seed, folder) as gains:
             rates = {n: self.learning_rate * float(g.detach().square().mean().sqrt()) for n, g in gains.items()}
             student = Network(model.module, learns=True)
-            with scaled(model, student, coded) as (thetas, settle):
+            with scaled(model, student, coded) as (thetas, settle), ExitStack() as stack:
+                if self.gradient_checkpointing:
+                    stack.enter_context(recomputing(model, student))
                 rates |= dict.fromkeys(thetas, self.learning_rate)
                 learner = Learner(student, {**gains, **thetas}, rates, masks={}, settle=settle)
-                outcome = learn(self, learner, lesson, ruler, batches, context, self.patience)
+                outcome = learn(self, learner, lesson, ruler, batches, context, folder)
             learned = {name: rescaled(coded[name], theta) for name, theta in thetas.items()}
             for name, tensor in learned.items():
                 model.store(name, tensor)
@@ -70,27 +74,14 @@ class Scales(Distillation):
         context.notes.append(f"{self.name}: {outcome} ({self.tokens} tokens){rest}")
 
 
-def learnable(model: Model) -> dict[str, EncodedTensor]:
-    """The linears' tensors that hold codes with float16 scales, by name."""
-    import torch
-
-    found = {f"{name}.weight": model.encoded.get(f"{name}.weight") for name in model.facts.linears}
-    return {n: e for n, e in found.items() if e is not None and e.scales is not None and e.scales.dtype == torch.half}
-
-
-def rescaled(tensor: EncodedTensor, theta: Tensor) -> EncodedTensor:
-    """The same codes and zero points under scales exp(θ) s, rounded to float16; theta: (n, groups) float32."""
-    assert tensor.scales is not None
-    scales = (tensor.scales.float() * theta.detach().exp()).half()
-    return EncodedTensor(tensor.encoding, tensor.codes, scales, tensor.zero_points)
-
-
 @contextmanager
 def scaled(
     model: Model, student: Network, coded: Mapping[str, EncodedTensor]
 ) -> Iterator[tuple[dict[str, nn.Parameter], Callable[[], None]]]:
     """A θ of zeros per coded tensor that the student's linears answer to, and what decodes all of them anew."""
     import torch
+
+    from compress.steps.distill._coded import rescaled
 
     inside = {parameter: name for name, parameter in student.body.named_parameters()}
     weights = {name: student.frozen[inside[model.parameter(name)]] for name in coded}
