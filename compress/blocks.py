@@ -63,29 +63,36 @@ class Block:
         """Each group of linears with its inputs, fed by the linears before it as the caller has changed them.
 
         Yields (names, inputs), the inputs being one (tokens, in_features) bfloat16 tensor per batch: what the
-        products see. The block is computed only once in all, for a submodule that ends in a linear whose turn
-        has come (attention, MLP) runs no more, its last product aside; `advance` is part of that.
+        products see. The block is computed only once in all: a submodule that ends in a linear whose turn has come
+        (attention, MLP) runs no more, its last product aside, nor does a norm whose output is known, which the caller
+        must leave as it is; `advance` is part of that.
         """
         architecture = self._architecture
-        finished: list[nn.Module] = []
+        norms = {readers[0]: norm for norm, readers in architecture.folds if norm in architecture.block_norms}
+        settled: list[nn.Module] = []
         try:
             for names in self.stages:
                 inputs = [self._input_of(names[0], i) for i in range(len(self._states))]
                 yield names, [X.flatten(0, -2) for X in inputs]
-                parent, _, last = names[0].removeprefix(f"{self._prefix}.").rpartition(".")
-                if f"{parent}.{last}" in architecture.closing:
-                    finished.append(self.module.get_submodule(parent))
-                    self._finish(finished[-1], self.linears[names[0]], inputs, parent == architecture.attention)
+                own = names[0].removeprefix(f"{self._prefix}.")
+                parent = own.rpartition(".")[0]
+                if own in norms:
+                    settled.append(self.module.get_submodule(norms[own]))
+                    self._answer(settled[-1], inputs)
+                if own in architecture.closing:
+                    settled.append(self.module.get_submodule(parent))
+                    products = _Products(self.linears[names[0]], inputs)
+                    self._answer(settled[-1], products, pair=parent == architecture.attention)
             self._left = [self._run(i) for i in range(len(self._states))]
         finally:
-            for module in finished:
+            for module in settled:
                 del module.forward  # the class's own again
 
-    def _finish(self, module: nn.Module, linear: nn.Linear, inputs: list[Tensor], pair: bool) -> None:
-        """Let a submodule answer with its last product over known inputs. pair: attention gives weights, too."""
+    def _answer(self, module: nn.Module, known: Sequence[Tensor], pair: bool = False) -> None:
+        """Let a submodule answer with what is known of each batch. pair: attention gives weights, too."""
 
         def forward(*_: Any, **__: Any) -> Any:
-            out = linear(inputs[self._batch])
+            out = known[self._batch]
             return (out, None) if pair else out
 
         module.forward = forward
@@ -204,6 +211,22 @@ def _observe_originals(block: Block, untouched: Block) -> list[Tensor]:
         block.originals.setdefault(names[0], []).append(X.bfloat16())
 
     return untouched.observe(keep)
+
+
+class _Products(Sequence[Tensor]):
+    """A linear's products over known inputs, each computed when it is first asked for."""
+
+    def __init__(self, linear: nn.Linear, inputs: Sequence[Tensor]):
+        self._linear, self._inputs = linear, inputs
+        self._found: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __getitem__(self, batch: Any) -> Any:
+        if batch not in self._found:
+            self._found[batch] = self._linear(self._inputs[batch])
+        return self._found[batch]
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
