@@ -7,20 +7,21 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from compress.errors import Corrupt, RecipeError
-from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Sample, Score
-from evaluators import _text_metrics
+from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
+from evaluators import _samples, _text_metrics
 from evaluators._answers import check_room, ids, nats_per_token
+from evaluators._fields import Drop
 
 SHOWN = 6
 _WANTED = 'expected a JSON object with a text "prompt" and "reference" or a list "references"'
 
 
-class Text(Evaluator):
+class Text(Drop):
     """Points lost of BLEU, chrF, ROUGE, exact match or F1 on your own prompts with references, answered greedily.
 
     Every example is scored on its own and paired with the baseline's answer; the mean difference is bounded exactly,
@@ -28,22 +29,17 @@ class Text(Evaluator):
     """
 
     name: ClassVar[str] = "text"
-    unit: ClassVar[str] = "fraction"
     definition: ClassVar[str] = (
         "mean over prompts of the metric, named with the source, of the greedy answer (cut at the first of `until`) "
         "against its references, in [0, 1]; the loss is the paired mean fall; exact at every look."
     )
-    statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "betting"
-    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop"})
 
-    max_documents: int | None = Field(2000, ge=1)
     data: str  # file:PATH, JSON lines with prompt, reference or references, and perhaps id
     metric: _text_metrics.Metric
     tokenize: _text_metrics.Tokenize = "13a"  # of BLEU; zh for Chinese
     chat: bool = True  # through the model's chat template, where it ships one; false for plain continuations
     until: tuple[str, ...] = Field((), strict=False)  # texts that end an answer, e.g. a newline
     max_new_tokens: int = Field(64, ge=1, le=4096)
-    max_drop: float = Field(gt=0, le=50, allow_inf_nan=False)  # points of 100
 
     @model_validator(mode="after")
     def _sensible(self) -> Text:
@@ -53,14 +49,7 @@ class Text(Evaluator):
             raise ValueError(f"tokenize is for the metric bleu, not for {self.metric}; drop it")
         if not all(self.until):
             raise ValueError("until holds an empty text, which would end every answer before it begins")
-        if self.max_documents is not None and self.max_documents < self.minimum_examples:
-            raise ValueError(f"max_documents={self.max_documents} can never decide: {self.minimum_examples} are needed")
         return self
-
-    @property
-    def margin(self) -> float:
-        """Largest fall of the metric, as a fraction."""
-        return self.max_drop / 100
 
     @property
     def written(self) -> int:
@@ -118,24 +107,9 @@ class Text(Evaluator):
         ends = [at for at in map(text.find, self.until) if at >= 0]
         return text[: min(ends, default=len(text))].strip()
 
-    def display(self, loss: float) -> str:
-        """The loss in points of 100.
-
-        >>> Text(data="file:qa.jsonl", metric="f1", max_drop=3.0).display(0.0125)
-        '-1.25 points'
-        """
-        return f"{-100 * loss + 0.0:+.2f} points"
-
-    def value(self, scores: Sequence[Score]) -> float:
-        """The mean metric."""
-        return 1 - super().value(scores)
-
     def doubt(self, scores: Sequence[Score], reference: Sequence[Score]) -> str:
         """A reference that earns little leaves no room for a loss beyond the margin."""
-        earned = self.value(reference)
-        if earned > 3 * self.margin:
-            return ""
-        return f"the reference itself earns {100 * earned:.1f} points, and more than three margins are needed"
+        return self.earned(reference)
 
     def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
         """Answers that match worse and better than the reference's, the same ones, and their length."""
@@ -156,10 +130,9 @@ class Text(Evaluator):
         decode: Callable[[Sequence[int]], str],
     ) -> list[Sample]:
         """The answers that lost most, and then the first of those that are left."""
-        ranked = sorted(zip(examples, new, old), key=lambda t: t[2].total - t[1].total)
         return [
             Sample(e.id, decode(e.payload[0]), decode(ids(theirs)), decode(ids(ours)), self._note(e, theirs, ours))
-            for e, ours, theirs in ranked[:SHOWN]
+            for e, theirs, ours in _samples.most_changed(examples, new, old, SHOWN)
         ]
 
     def _note(self, example: Example, old: Score, new: Score) -> str:
