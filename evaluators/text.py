@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -11,9 +10,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from compress.errors import Corrupt, RecipeError
+from compress.errors import RecipeError
 from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
-from evaluators import _samples, _text_metrics
+from evaluators import _rows, _samples, _text_metrics
 from evaluators._answers import check_room, ids, nats_per_token
 from evaluators._fields import Drop
 
@@ -43,8 +42,7 @@ class Text(Drop):
 
     @model_validator(mode="after")
     def _sensible(self) -> Text:
-        if not self.data.startswith("file:"):
-            raise ValueError(f"data={self.data!r}; expected file:PATH of JSON lines")
+        _rows.check_source(self.data)
         if self.tokenize != "13a" and self.metric != "bleu":
             raise ValueError(f"tokenize is for the metric bleu, not for {self.metric}; drop it")
         if not all(self.until):
@@ -56,20 +54,15 @@ class Text(Drop):
         """Tokens of an answer."""
         return self.max_new_tokens
 
-    @property
-    def _path(self) -> Path:
-        return Path(self.data.removeprefix("file:")).expanduser()
-
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """The rows of the file, in a random order that depends on their ids alone, whatever the evaluation data."""
-        rows = _read(self._path, self.metric)
-        pairs = sorted(rows.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
-        digest = hashlib.sha256(json.dumps([_text_metrics.library(self.metric), pairs]).encode()).hexdigest()
-        return [Documents(f"{self.data} by {self.metric}", pairs, digest)]
+        library = _text_metrics.library(self.metric)
+        rows = _read(_rows.path_of(self.data), self.metric)
+        return [_rows.documents(f"{self.data} by {self.metric}", rows, library)]
 
     def reads(self) -> str:
         """The file, and the library that computes the metric."""
-        return f"{hashlib.sha256(_bytes(self._path)).hexdigest()} {_text_metrics.library(self.metric)}"
+        return f"{_rows.digest(self.data)} {_text_metrics.library(self.metric)}"
 
     def encoder(self, model: LanguageModel) -> Callable[[str], list[int]]:
         """As a message to answer, or as it stands."""
@@ -140,50 +133,23 @@ class Text(Drop):
         return f"{points}; reference: {example.payload[1][0]}"
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RecipeError(f"data source file:{path}: cannot be read ({error.strerror})") from None
-
-
 def _read(path: Path, metric: str) -> dict[str, str]:
     """Id → prompt and references as JSON, row by row; raises RecipeError, or Corrupt for what is no text."""
-    try:
-        lines = _bytes(path).decode("utf-8").split("\n")  # other line separators may stand inside a JSON text
-    except UnicodeDecodeError as error:
-        raise Corrupt(f"{path}: not UTF-8 at byte {error.start}") from None
     found: dict[str, str] = {}
-    prompts: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        name, prompt, references = _row(where, line)
+    prompts: dict[str, str] = {}
+    for where, name, row in _rows.rows(path, _WANTED):
+        prompt, references = _row(where, row)
         for reference in references:
             if reason := _text_metrics.unscorable(metric, reference):
                 raise RecipeError(f"{where}: reference {reference[:40]!r}: {reason}")
-        if name in found:
-            raise RecipeError(f"{where}: the id {name!r} occurs twice; ids must be unique")
-        if prompt in prompts:
-            # Examples count as independent evidence.
-            raise RecipeError(f"{where}: repeats the prompt of line {prompts[prompt]}; give one row all references")
-        prompts[prompt] = number
+        _rows.once(where, prompt, prompts, "prompt", "give one row all references")
         found[name] = json.dumps([prompt, *references], ensure_ascii=False)
-    if not found:
-        raise RecipeError(f"data source file:{path} is empty; {_WANTED} per line")
     return found
 
 
-def _row(where: str, line: str) -> tuple[str, str, list[str]]:
-    try:
-        row: Any = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise RecipeError(f"{where}: {_WANTED}, found {line[:40]!r}")
+def _row(where: str, row: dict[str, Any]) -> tuple[str, list[str]]:
     references = row.get("references", [row.get("reference")])
     texts: list[Any] = [row.get("prompt"), *references] if isinstance(references, list) else []
     if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise RecipeError(f"{where}: {_WANTED}, none of them empty; found {line[:60]!r}")
-    return str(row.get("id", where.rpartition(":")[2])), texts[0], texts[1:]
+        raise RecipeError(f"{where}: {_WANTED}, none of them empty; found {json.dumps(row)[:60]!r}")
+    return texts[0], texts[1:]

@@ -50,6 +50,7 @@ FIELDS = {
     "pronouns": {"max_rise": 3.0},
     "robustness": {"max_drop": 5.0},
     "stereotypes": {"max_rise": 3.0},
+    "code": {"data": "file:problems.jsonl", "max_drop": 3.0},
     "text": {"data": "file:qa.jsonl", "metric": "f1", "max_drop": 3.0},
     "divergence": {"max_mean": 0.1},
     "footprint": {"max_mb": 80},
