@@ -21,9 +21,9 @@ _WANTED = 'expected a JSON object with a text "prompt" and "reference" or a list
 
 
 class Text(Drop):
-    """Points lost of BLEU, chrF, ROUGE, exact match or F1 on your own prompts with references, answered greedily.
+    """Points lost of BLEU, chrF, ROUGE, METEOR, exact match or F1 on your own prompts with references.
 
-    Every example is scored on its own and paired with the baseline's answer; the mean difference is bounded exactly,
+    Every greedy answer is scored on its own and paired with the baseline's; the mean difference is bounded exactly,
     whatever its distribution. A baseline that earns hardly anything proves nothing: INVALID.
     """
 
