@@ -50,6 +50,7 @@ FIELDS = {
     "pronouns": {"max_rise": 3.0},
     "robustness": {"max_drop": 5.0},
     "stereotypes": {"max_rise": 3.0},
+    "classification": {"data": "file:texts.jsonl", "labels": {"0": " bad", "1": " good"}, "max_drop": 3.0},
     "code": {"data": "file:problems.jsonl", "max_drop": 3.0},
     "text": {"data": "file:qa.jsonl", "metric": "f1", "max_drop": 3.0},
     "divergence": {"max_mean": 0.1},
