@@ -5,36 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from pydantic import Field
-
 from compress.interfaces import Documents, Score
 from evaluators import _choices, _samples
-from evaluators._fields import Points
+from evaluators._fields import Rise
 
 _LENGTH = 512
 
 
-class BiasRise(Points):
+class BiasRise(Rise):
     """Base of evaluators whose examples are biased (1) or not (0): the loss is the rise of the biased share.
 
     The reference's own bias is no matter of compression; the *change* is, and flips show where it is.
     """
 
-    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_rise"})
-
-    max_rise: float = Field(gt=0, le=50, allow_inf_nan=False)  # percentage points
-
-    @property
-    def margin(self) -> float:
-        """Largest rise, as a fraction."""
-        return self.max_rise / 100
-
-    def doubt(self, scores: Sequence[Score], reference: Sequence[Score]) -> str:
-        """A reference that is biased nearly everywhere leaves no room for a rise beyond the margin."""
-        biased = self.value(reference)
-        if 1 - biased > self.margin:
-            return ""
-        return f"the reference itself is biased on {biased:.0%}: no rise could be seen"
+    counted: ClassVar[str] = "biased"
 
 
 def flips(scores: Sequence[Score], reference: Sequence[Score]) -> dict[str, float]:

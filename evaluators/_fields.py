@@ -60,3 +60,24 @@ class Drop(Points):
         if earned > 3 * self.margin:
             return ""
         return f"the reference itself earns {100 * earned:.1f} points, and more than three margins are needed"
+
+
+class Rise(Points):
+    """Base of those that count what is unwelcome: an example is 0 or 1, the loss is the rise of the share of 1."""
+
+    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_rise"})
+    counted: ClassVar[str]  # what an example of 1 is, e.g. "biased"
+
+    max_rise: float = Field(gt=0, le=50, allow_inf_nan=False)  # percentage points
+
+    @property
+    def margin(self) -> float:
+        """Largest rise, as a fraction."""
+        return self.max_rise / 100
+
+    def doubt(self, scores: Sequence[Score], reference: Sequence[Score]) -> str:
+        """A reference on which nearly every example counts leaves no room for a rise beyond the margin."""
+        share = self.value(reference)
+        if 1 - share > self.margin:
+            return ""
+        return f"the reference itself is {self.counted} on {share:.0%}: no rise could be seen"

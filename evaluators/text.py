@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from compress.errors import RecipeError
 from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
 from evaluators import _rows, _samples, _text_metrics
-from evaluators._answers import check_room, ids, nats_per_token
+from evaluators._answers import ids, written
 from evaluators._fields import Drop
 
 SHOWN = 6
@@ -84,19 +84,16 @@ class Text(Drop):
         positions: the answer's tokens. extra: nats per token that the model gives it, in which different weights
         differ even where their answers do not.
         """
-        prompts = [example.payload[0] for example in batch]
-        check_room(model, prompts, self.max_new_tokens)
-        answers = [tuple(model.generate(prompt, self.max_new_tokens)) for prompt in prompts]
+        answers = written(model, [example.payload[0] for example in batch], self.max_new_tokens)
         metric = _text_metrics.scorer(self.metric, self.tokenize)
         scores = []
-        for example, answer, nats in zip(batch, answers, nats_per_token(model, prompts, answers), strict=True):
-            missing = 1 - metric(self._text(model, answer), example.payload[1]) if math.isfinite(nats) else math.nan
-            scores.append(Score(example.id, missing, 1.0, {"nats": nats}, tuple(map(float, answer))))
+        for example, answer in zip(batch, answers, strict=True):
+            earned = metric(self._cut(answer.text), example.payload[1]) if math.isfinite(answer.nats) else math.nan
+            scores.append(Score(example.id, 1 - earned, 1.0, {"nats": answer.nats}, tuple(map(float, answer.tokens))))
         return scores
 
-    def _text(self, model: LanguageModel, answer: Sequence[int]) -> str:
+    def _cut(self, text: str) -> str:
         """What is compared with the references: up to the end of the answer, or to the first text of `until`."""
-        text = model.decode(answer[:-1] if answer[-1] in model.eos_ids else answer)
         ends = [at for at in map(text.find, self.until) if at >= 0]
         return text[: min(ends, default=len(text))].strip()
 

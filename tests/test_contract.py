@@ -48,6 +48,7 @@ FIELDS = {
     "bits_per_byte": {"max_increase": 0.02},
     "perplexity": {"max_increase": "5%"},
     "pronouns": {"max_rise": 3.0},
+    "refusals": {"data": "file:prompts.jsonl", "max_rise": 3.0},
     "robustness": {"max_drop": 5.0},
     "stereotypes": {"max_rise": 3.0},
     "classification": {"data": "file:texts.jsonl", "labels": {"0": " bad", "1": " good"}, "max_drop": 3.0},
