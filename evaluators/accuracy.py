@@ -14,7 +14,7 @@ from compress.errors import GateInconclusive, NetworkError, RecipeError
 from compress.interfaces import P_VALUE, Documents, Example, LanguageModel, Sample, Score
 from compress.numerics import paired
 from compress.plugin import nearest
-from evaluators import _choices, _cloze, _lm_eval, _lm_eval_tasks, _minimal_pairs, _samples
+from evaluators import _choices, _cloze, _facts, _lm_eval, _lm_eval_tasks, _minimal_pairs, _samples
 from evaluators._fields import Drop
 
 _LENGTH = 512  # tokens at most of an item that is made here
@@ -30,6 +30,10 @@ def _from_templates(datasets: Sequence[Documents]) -> Iterator[Documents]:
     yield _choices.as_documents("minimal_pairs", [*_minimal_pairs.clusters()], _LENGTH)
 
 
+def _of_facts(datasets: Sequence[Documents]) -> Iterator[Documents]:
+    yield _choices.as_documents("facts", [*_facts.clusters()], _LENGTH)
+
+
 @dataclass(frozen=True)
 class Task:
     """Where a task's items come from, and how often guessing is right."""
@@ -42,6 +46,9 @@ class Task:
 TASKS: Mapping[str, Task] = {
     "minimal_pairs": Task(_from_templates, 0.5, "a sentence, and one that a single change makes ungrammatical"),
     "cloze": Task(_from_each_source, 1 / _cloze.CHOICES, "the word that ends a sentence of the evaluation data"),
+    "facts": Task(
+        _of_facts, 1 / _facts.CHOICES, "capitals, chemical symbols and authors, without a text to look them up"
+    ),
 }
 HARNESS = f"{_lm_eval.PREFIX}NAME"  # as it is listed
 
