@@ -25,6 +25,6 @@ def require_code_execution() -> None:
     """Raises RecipeError with the remedy where running programs was not permitted."""
     if not _CODE_EXECUTION.get():
         raise RecipeError(
-            "runs programs that the model writes, in a sandbox, which only you can permit: add --allow-code-execution, "
-            "or in Python `with compress.permission.code_execution():`"
+            "runs programs that the model writes, in a sandbox, which only you can permit: add --allow-code-execution "
+            "(in Python: `with code_execution():`, from compress.permission)"
         )
