@@ -13,6 +13,7 @@ import typer
 
 from compress import completion
 from compress.console import end_on_signals, errors, print_json, reporter
+from compress.permission import code_execution
 
 app = typer.Typer(
     name="compress",
@@ -38,6 +39,11 @@ RecipeName = Annotated[
     ),
 ]
 
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code-execution", help="Let `code` run programs that the model writes, in a sandbox."),
+]
+
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its run.json.")]
 
 
@@ -46,12 +52,13 @@ def apply(
     recipe: RecipeName,
     run_dir: Annotated[Path | None, typer.Option(help="The run's own folder; running again resumes.")] = None,
     set_: Override = None,
+    allow_code_execution: AllowCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Carry out a recipe: steps with gates, exports with gates, and a report."""
-    with errors(debug), reporter(quiet) as told:
+    with errors(debug), reporter(quiet) as told, code_execution(allow_code_execution):
         from compress import recipe as recipes
         from compress import run
 
@@ -69,9 +76,15 @@ def apply(
 
 
 @app.command()
-def plan(recipe: RecipeName, set_: Override = None, as_json: Json = False, debug: Debug = False) -> None:
+def plan(
+    recipe: RecipeName,
+    set_: Override = None,
+    allow_code_execution: AllowCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Say what a recipe will do, cost and be able to prove, before any weight is loaded."""
-    with errors(debug):
+    with errors(debug), code_execution(allow_code_execution):
         from compress import plan as plans
         from compress import recipe as recipes
         from compress import source
@@ -97,12 +110,13 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(min=1, help="Instead: the first N windows of the text.")] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of matrix products in torch.")] = "float32",
+    allow_code_execution: AllowCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Measure a model or an exported artifact, with intervals; decides nothing and exits 0."""
-    with errors(debug), reporter(quiet) as told:
+    with errors(debug), reporter(quiet) as told, code_execution(allow_code_execution):
         from compress import measure as measures
 
         names = [name.strip() for name in with_.split(",") if name.strip()]

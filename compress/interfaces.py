@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compress.numerics.sampling import Pick, greedy
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -81,8 +83,11 @@ class LanguageModel(Protocol):
     def decode_logits(self, window: Sequence[int]) -> Tensor:
         """The same as `logits` for one window, computed token by token through the key-value cache."""
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation of the prompt, up to and including the first end-of-sequence token."""
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, pick: Pick = greedy) -> list[int]:
+        """Continuation of the prompt, up to and including the first end-of-sequence token.
+
+        pick: called with the logits (vocabulary,) float32 of each new token, of torch or numpy; greedy by default.
+        """
 
     def close(self) -> None:
         """Release the runtime's memory."""
@@ -241,6 +246,9 @@ class Evaluator(Plugin, ABC):
     # the mean KL(reference‖model), or the share of clusters answered wrong (a payload holds the tokens of each
     # choice, the right one first). Windows are those of `Documents.length`, every token but the first scored.
     planted: ClassVar[Literal["nll", "kl", "answers"] | None] = None
+
+    def check(self) -> None:
+        """Refuse, before weights load, what cannot work here or was not permitted; raises RecipeError."""
 
     @property
     @abstractmethod

@@ -167,18 +167,35 @@ def _ratio(totals: NDArray[Any], weights: NDArray[Any], exact: bool) -> tuple[fl
 
 
 def _without_margin(spec: str) -> Evaluator:
-    """An evaluator as `name`, or as `name:task` where it has tasks; measuring needs no margin."""
+    """An evaluator as `name`, as `name:task` where it has tasks, or as `name:SOURCE` where it has data of its own.
+
+    Measuring needs no margin.
+    """
     name, _, task = spec.partition(":")
     kind = plugin.evaluator(name)
     required = {field for field, info in kind.model_fields.items() if info.is_required()} - kind.margin_fields
+    if required == {"data"}:
+        if not task.startswith("file:"):
+            raise RecipeError(f"{name} needs data of its own; write {name}:file:PATH")
+        return _constructed(kind, data=task)
     if required:
         raise RecipeError(f"{name} needs {', '.join(sorted(required))}: it is for gates of recipes, not for eval")
     if not task:
         return kind.model_construct()
     if "tasks" not in kind.model_fields:
         raise RecipeError(f"{name} has no tasks; write {name} alone")
-    fields: dict[str, Any] = {"tasks": (task,)}
-    return kind.model_construct(**fields)
+    return _constructed(kind, tasks=(task,))
+
+
+def _constructed(kind: type[Evaluator], **fields: Any) -> Evaluator:
+    return kind.model_construct(None, **fields)
+
+
+def _check(e: Evaluator) -> None:
+    try:
+        e.check()
+    except RecipeError as error:
+        raise RecipeError(f"{e.name}: {error}") from None
 
 
 def _limited(sources: Sequence[Documents], documents: int | None) -> list[Documents]:
@@ -210,6 +227,7 @@ def evaluate(
     if not evaluators:
         raise RecipeError(f"no evaluator named; {plugin.nearest('', plugin.names('evaluator'))}")
     for e in evaluators:
+        _check(e)
         if e.statistic == "exact":
             raise RecipeError(f"{e.name} is measured on a run's files, not by eval")
         if e.relative and against is None:

@@ -17,6 +17,7 @@ from compress.branching import Branches, by_windows
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, NumericalError, RecipeError
 from compress.numerics.affine import finite
+from compress.numerics.sampling import Pick, greedy
 from compress.numerics.trie import Trie, trie, visible
 from compress.rounding import CacheRounding, InputRounding, to_json
 
@@ -322,14 +323,14 @@ class Model:
             yield out.logits[0, -1].float()
 
     @torch.inference_mode()
-    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation, up to and including the first end-of-sequence token."""
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, pick: Pick = greedy) -> list[int]:
+        """Continuation, up to and including the first end-of-sequence token; pick: logits → token."""
         tokens, cache, ids = [], None, torch.tensor([list(prompt)])
         for _ in range(max_new_tokens):
             with self._autocast():
                 out = self.module(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
-            token = int(out.logits[0, -1].argmax())
+            token = pick(out.logits[0, -1].float())
             tokens.append(token)
             if token in self.eos_ids:
                 break

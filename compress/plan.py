@@ -27,14 +27,17 @@ PLANNING_SD: Mapping[str, float] = {
     "perplexity": 0.06,
     "divergence": 0.08,
     "bits_per_byte": 0.06 / (math.log(2) * CHARACTERS_PER_TOKEN),
-    **dict.fromkeys(("accuracy", "robustness", "stereotypes", "pronouns", "text"), math.sqrt(FLIPS)),
+    **dict.fromkeys(
+        ("accuracy", "robustness", "stereotypes", "pronouns", "text", "code", "classification", "refusals"),
+        math.sqrt(FLIPS),
+    ),
 }
 POWER_BASIS = (
     "80 % power at one look, with a standard deviation per document between those of int8 and int4 rounding "
     f"(perplexity {PLANNING_SD['perplexity']}, divergence {PLANNING_SD['divergence']} nats per token, wiki; "
     f"bits_per_byte {PLANNING_SD['bits_per_byte']:.3f}, perplexity's at {CHARACTERS_PER_TOKEN} bytes a token); "
     f"accuracy: {FLIPS:.0%} of answers flip, a document being a cluster of items, those that first prove the "
-    "baseline counted too; robustness, stereotypes, pronouns and text as accuracy"
+    "baseline counted too; robustness, stereotypes, pronouns, text, code, classification and refusals as accuracy"
 )
 MOST_NEEDED = 1_000_000  # documents; a check that needs more is as good as undecidable
 

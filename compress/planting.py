@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compress.branching import Branches, branch_logits
 from compress.interfaces import Documents, Example, LanguageModel, Score
+from compress.numerics.sampling import Pick, greedy
 from compress.scoring import Memo, batches
 
 if TYPE_CHECKING:
@@ -69,11 +70,11 @@ class Planted:
         """As the inner model's, changed."""
         return self.change(tuple(window), self.inner.decode_logits(window))
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation by the changed logits, without a cache."""
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, pick: Pick = greedy) -> list[int]:
+        """Continuation by the changed logits, without a cache."""
         tokens: list[int] = []
         while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in self.inner.eos_ids):
-            tokens.append(int(next(self.logits([(*prompt, *tokens)]))[-1].argmax()))
+            tokens.append(pick(next(self.logits([(*prompt, *tokens)]))[-1]))
         return tokens
 
 

@@ -184,6 +184,10 @@ def _check_measurements(recipe: Recipe, facts: Facts) -> None:
             raise RecipeError(f"{place}  data.{request.role}: {problem}")
     for path, gate in _gates(recipe):
         for c in gate:
+            try:
+                c.check()
+            except RecipeError as error:
+                raise _refusal(recipe, path, f"{c.name}: {error}") from None
             if c.timed and path[0] != "export":
                 problem = "times artifacts in their runtimes, and this gate sees a model in torch"
                 raise _refusal(recipe, path, f"{c.name}: {problem}; move it to the gate of an export")

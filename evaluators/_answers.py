@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from compress.errors import GateInconclusive
 from compress.interfaces import LanguageModel, Score
@@ -32,6 +33,24 @@ def nats_per_token(
         nll = token_nll(rows[len(prompt) - 1 :], torch.tensor(answer))
         found.append(float(nll.mean()))
     return found
+
+
+@dataclass(frozen=True)
+class Written:
+    """A greedy answer: its tokens, their nats per token under the model that wrote them, and its text."""
+
+    tokens: tuple[int, ...]
+    nats: float
+    text: str
+
+
+def written(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Written]:
+    """Answers to the prompts, in their order; the token that ends one is no part of its text."""
+    check_room(model, prompts, max_new_tokens)
+    answers = [tuple(model.generate(prompt, max_new_tokens)) for prompt in prompts]
+    texts = [model.decode(answer[:-1] if answer[-1] in model.eos_ids else answer) for answer in answers]
+    nats = nats_per_token(model, prompts, answers)
+    return [Written(*row) for row in zip(answers, nats, texts, strict=True)]
 
 
 def ids(score: Score) -> list[int]:

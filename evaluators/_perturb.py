@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 
 from compress.interfaces import Documents
 
@@ -22,6 +23,20 @@ _FOREIGN = (
     "La casa está cerca del río, detrás del molino.",
     "Il treno parte alle otto dalla stazione vecchia.",
 )
+# Words that stand for each other in nearly any sentence, and below what stands for a word but not the other way round:
+# "as though" is no "as although".
+_SAME = """
+big large, quickly rapidly, famous well-known, located situated, mainly mostly, built constructed, children kids,
+nearly almost, often frequently, usually normally, roughly approximately, purchased bought, chosen selected,
+perhaps maybe, residents inhabitants, journey trip, film movie, automobile car, doctor physician, required needed,
+allowed permitted, shown displayed, finished completed, toward towards, primarily chiefly, gathered collected,
+concerning regarding, entirely completely, sometimes occasionally
+"""
+_INSTEAD = """
+although>though, main>principal, began>started, assisted>helped, entire>whole, tale>story, numerous>many, amongst>among,
+whilst>while, wealthy>rich, tiny>small
+"""
+_ARTICLES = ("a", "an")
 
 Draw = random.Random
 
@@ -62,6 +77,25 @@ def _languages(text: str, r: Draw) -> str:
     return f"{r.choice(_FOREIGN)} {text}"
 
 
+@cache
+def _synonyms() -> Mapping[str, str]:
+    """Word → the one that replaces it."""
+    both = [pair.split() for pair in _SAME.split(",")]
+    instead = [pair.strip().split(">") for pair in _INSTEAD.split(",")]
+    return {a: b for one, other in both for a, b in ((one, other), (other, one))} | {a: b for a, b in instead}
+
+
+def _synonym(text: str, r: Draw) -> str:
+    """Words stand for others of the same meaning, from a short list of our own; all that are on it."""
+    words = text.split(" ")
+    for i, word in enumerate(words):
+        other = _synonyms().get(word.rstrip(",;:"))
+        article = words[i - 1].lower() if i else ""
+        if other and (article not in _ARTICLES or (other[0] in "aeiou") == (article == "an")):
+            words[i] = other + word[len(word.rstrip(",;:")) :]
+    return " ".join(words)
+
+
 def _some_words(text: str, r: Draw, change: Callable[[str, Draw], str]) -> str:
     words = text.split(" ")
     able = [i for i, word in enumerate(words) if change(word, Draw(0)) != word]
@@ -77,6 +111,7 @@ KINDS: Mapping[str, Callable[[str, Draw], str]] = {
     "word_order": _word_order,
     "instruction": _instruction,
     "languages": _languages,
+    "synonyms": _synonym,
 }
 
 

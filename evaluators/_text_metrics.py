@@ -3,7 +3,9 @@
 BLEU and chrF are those of sacrebleu on one sentence (BLEU with the effective order, since a short answer may have
 no 4-gram at all), ROUGE-1, -2, -L and -Lsum those of rouge-score, without stemming. Exact match and F1 follow
 SQuAD's evaluation (Rajpurkar et al. 2016, arXiv:1606.05250), ROUGE-S is skip-bigram co-occurrence (Lin 2004, ROUGE:
-A Package for Automatic Evaluation of Summaries, section 5). Of several references the best one counts, except where
+A Package for Automatic Evaluation of Summaries, section 5). METEOR (Lavie & Agarwal 2007) is nltk's with its stages for
+equal words and equal Porter stems, and without the one for synonyms, which needs WordNet, no package: its name says so
+(`meteor_stem`), and its values are no METEOR of a paper. Of several references the best one counts, except where
 sacrebleu has its own rule for many.
 """
 
@@ -20,7 +22,9 @@ from typing import Any, Literal
 
 from compress.errors import RecipeError
 
-Metric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "rougeS", "exact_match", "f1"]
+Metric = Literal[
+    "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "rougeS", "meteor_stem", "exact_match", "f1"
+]
 Tokenize = Literal["13a", "intl", "zh", "char"]  # of sacrebleu, without further packages
 SKIP = 4  # words at most between the two of a skip-bigram: ROUGE-S4
 
@@ -98,6 +102,32 @@ def _rouge(kind: str, answer: str, references: Sequence[str]) -> float:
     return max(float(_rouge_scorer(kind).score(reference, answer)[kind].fmeasure) for reference in references)
 
 
+class _NoSynonyms:
+    """Stands for WordNet where nltk's METEOR asks it for synonyms."""
+
+    def synsets(self, word: str) -> list[Any]:
+        """None of any word."""
+        return []
+
+
+def meteor_stem(answer: str, reference: str) -> float:
+    """METEOR over words and punctuation marks in lower case, matched where they or their stems are equal.
+
+    F = P·R / (0.9·P + 0.1·R), times 1 − 0.5·(chunks / matches)³: an answer equal to the reference earns a little less
+    than 1.
+
+    >>> round(meteor_stem("cats sat", "The cat sat"), 4)  # P = 1, R = 2/3, one chunk of two matches
+    0.6466
+    """
+    from nltk.translate.meteor_score import single_meteor_score
+
+    return float(single_meteor_score(_marks(reference), _marks(answer), wordnet=_NoSynonyms()))
+
+
+def _marks(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
 @cache
 def _rouge_scorer(kind: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
@@ -120,13 +150,15 @@ def _sentence(kind: str, tokenize: str, answer: str, references: Sequence[str]) 
 
 _LIBRARY = {"bleu": "sacrebleu", "chrf": "sacrebleu", **dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"))}
 _LIBRARY |= {name: "rouge-score" for name, library in _LIBRARY.items() if library is None}
+_LIBRARY["meteor_stem"] = "nltk"
 _OWN: Mapping[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": f1, "rougeS": rouge_s}
+_SINGLE = {**_OWN, "meteor_stem": meteor_stem}  # of one reference
 
 
 def scorer(metric: str, tokenize: str = "13a") -> Callable[[str, Sequence[str]], float]:
     """The metric as a function of an answer and its references, at least one."""
-    if metric in _OWN:
-        return partial(_best, _OWN[metric])
+    if metric in _SINGLE:
+        return partial(_best, _SINGLE[metric])
     return partial(_sentence, metric, tokenize) if _LIBRARY[metric] == "sacrebleu" else partial(_rouge, metric)
 
 
@@ -149,6 +181,8 @@ def unscorable(metric: str, reference: str) -> str:
             return "ROUGE sees no word in it, as it reads a to z and 0 to 9 alone; use chrf or f1"
         if metric in ("rouge2", "rougeS") and words < 2:
             return f"{metric} compares pairs of words, and it has one; use rouge1 or f1"
+    if metric == "meteor_stem" and re.search(_CHARACTER, reference):
+        return "its script has no spaces between words, and METEOR compares words; use chrf or f1"
     if metric in _OWN and not normalized(reference):
         return "nothing is left of it without articles and punctuation; use chrf"
     return "" if reference.strip() else "it is empty"

@@ -11,10 +11,11 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compress.errors import GateInconclusive, NetworkError, RecipeError
-from compress.interfaces import P_VALUE, Documents, Evaluator, Example, LanguageModel, Sample, Score
+from compress.interfaces import P_VALUE, Documents, Example, LanguageModel, Sample, Score
 from compress.numerics import paired
 from compress.plugin import nearest
-from evaluators import _choices, _cloze, _lm_eval, _lm_eval_tasks, _minimal_pairs
+from evaluators import _choices, _cloze, _facts, _lm_eval, _lm_eval_tasks, _minimal_pairs, _samples
+from evaluators._fields import Drop
 
 _LENGTH = 512  # tokens at most of an item that is made here
 
@@ -29,6 +30,10 @@ def _from_templates(datasets: Sequence[Documents]) -> Iterator[Documents]:
     yield _choices.as_documents("minimal_pairs", [*_minimal_pairs.clusters()], _LENGTH)
 
 
+def _of_facts(datasets: Sequence[Documents]) -> Iterator[Documents]:
+    yield _choices.as_documents("facts", [*_facts.clusters()], _LENGTH)
+
+
 @dataclass(frozen=True)
 class Task:
     """Where a task's items come from, and how often guessing is right."""
@@ -41,6 +46,9 @@ class Task:
 TASKS: Mapping[str, Task] = {
     "minimal_pairs": Task(_from_templates, 0.5, "a sentence, and one that a single change makes ungrammatical"),
     "cloze": Task(_from_each_source, 1 / _cloze.CHOICES, "the word that ends a sentence of the evaluation data"),
+    "facts": Task(
+        _of_facts, 1 / _facts.CHOICES, "capitals, chemical symbols and authors, without a text to look them up"
+    ),
 }
 HARNESS = f"{_lm_eval.PREFIX}NAME"  # as it is listed
 
@@ -56,7 +64,7 @@ def _check_task(name: str) -> None:
         raise RecipeError(f"unknown task {name!r}; {nearest(name, [*TASKS, HARNESS])}")
 
 
-class Accuracy(Evaluator):
+class Accuracy(Drop):
     """Points of accuracy lost, where the reference is proven to be far better than guessing.
 
     Each task is decided on its own, and cloze on each source: the worst decides. Before any comparison, the
@@ -67,25 +75,20 @@ class Accuracy(Evaluator):
 
     name: ClassVar[str] = "accuracy"
     version: ClassVar[int] = 3  # 2: scores hold the choice; 3: fewer clusters qualify a group
-    unit: ClassVar[str] = "fraction"
     definition: ClassVar[str] = (
         "fraction of items on which the right continuation has the highest total log-probability (a tie is "
         "wrong), or on which the task's own metric, named with it, says right (lm_eval); the loss is the paired "
         "difference in the fraction of wrong answers, averaged per cluster, over the groups on which the reference "
         "exceeds chance by three margins; exact at every look."
     )
-    statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "betting"
-    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop"})
     planted: ClassVar[Literal["nll", "kl", "answers"] | None] = "answers"
     QUALIFYING: ClassVar[int] = 32  # clusters per group, of which the first item is looked at
     SHOWN: ClassVar[int] = 4  # flips of each direction
 
-    max_documents: int | None = Field(2000, ge=1)  # clusters; 1,640 prove no loss within 3 points at 10 % flips
     # Not strict: a list fills a tuple, in Python as in YAML.
     tasks: tuple[str, ...] = Field(("minimal_pairs", "cloze"), min_length=1, strict=False)
     task_path: str | None = None  # of the user's own task YAML for lm_eval: a folder, or one file
     metric: str | None = None  # of lm_eval's tasks: "acc_norm", or with a filter "exact_match,strict-match"
-    max_drop: float = Field(gt=0, le=50, allow_inf_nan=False)  # percentage points
 
     @field_validator("tasks")
     @classmethod
@@ -111,14 +114,7 @@ class Accuracy(Evaluator):
                     f"max_drop={self.max_drop:g}: no baseline exceeds chance on {task} "
                     f"({TASKS[task].chance:.0%}) by three such margins; use a smaller one"
                 )
-        if self.max_documents is not None and self.max_documents < self.minimum_examples:
-            raise ValueError(f"max_documents={self.max_documents} can never decide: {self.minimum_examples} are needed")
         return self
-
-    @property
-    def margin(self) -> float:
-        """Largest drop of accuracy, as a fraction."""
-        return self.max_drop / 100
 
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """One source per task that brings its items along, and one per evaluation source for the others.
@@ -241,18 +237,6 @@ class Accuracy(Evaluator):
             scores.append(Score(example.id, wrong, 1.0, {"lead": lead, "chosen": chosen}))
         return scores
 
-    def display(self, loss: float) -> str:
-        """The loss in percentage points of accuracy.
-
-        >>> Accuracy(max_drop=3.0).display(0.0125)
-        '-1.25 points'
-        """
-        return f"{-100 * loss + 0.0:+.2f} points"
-
-    def value(self, scores: Sequence[Score]) -> float:
-        """Accuracy: the fraction of right answers."""
-        return 1 - super().value(scores)
-
     def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
         """Flips both ways, what a fixed sample would say of them, and the accuracy of every group."""
         flips = [(old.total, new.total) for old, new in zip(reference, scores)]
@@ -277,10 +261,9 @@ class Accuracy(Evaluator):
         decode: Callable[[Sequence[int]], str],
     ) -> list[Sample]:
         """The first flips of each direction, in the random order of the clusters: none is picked for its looks."""
-        found: dict[str, list[Sample]] = {"right to wrong": [], "wrong to right": []}
-        for example, after, before in zip(examples, new, old, strict=True):
-            note = {(0.0, 1.0): "right to wrong", (1.0, 0.0): "wrong to right"}.get((before.total, after.total))
-            if note is None or len(found[note]) == self.SHOWN or "chosen" not in after.extra:
+        found, notes = [], {1.0: "right to wrong", -1.0: "wrong to right"}
+        for note, (example, before, after) in _samples.first_flips(examples, new, old, notes, self.SHOWN):
+            if "chosen" not in after.extra:
                 continue
             chosen = [int(s.extra["chosen"]) for s in (before, after)]
             if isinstance(example.payload, _lm_eval.Question):
@@ -289,8 +272,8 @@ class Accuracy(Evaluator):
                 start = _choices.start_of(example.payload)
                 prompt, answers = example.payload[0][:start], [example.payload[i][start:] for i in chosen]
             reference, written = map(decode, answers)
-            found[note].append(Sample(example.id, decode(prompt), reference, written, note))
-        return [sample for samples in found.values() for sample in samples]
+            found.append(Sample(example.id, decode(prompt), reference, written, note))
+        return found
 
 
 def _refutes(right: int, asked: int, chance: float) -> bool:

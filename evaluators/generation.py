@@ -12,6 +12,7 @@ from pydantic import Field
 
 from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
 from compress.numerics.repetition import distinct_share, loops
+from evaluators import _samples
 from evaluators._answers import check_room, ids, nats_per_token
 from evaluators._census import Census
 from evaluators._prompts import PROMPTS
@@ -106,8 +107,8 @@ class Generation(Census):
 
     def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
         """Flips both ways, answers that ended, what is kept of the reference's, lengths and distinct n-grams."""
-        flips = [(old.total, new.total) for old, new in zip(reference, scores)]
-        found = {"newly collapsed": float(flips.count((0.0, 1.0))), "recovered": float(flips.count((1.0, 0.0)))}
+        newly, recovered = _samples.flips(scores, reference)
+        found = {"newly collapsed": newly, "recovered": recovered}
         kept = [_shared(old, new) / max(1, len(old.positions)) for old, new in zip(reference, scores)]
         if kept:
             found["reference's tokens before the first difference"] = sum(kept) / len(kept)

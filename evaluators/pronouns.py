@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
-from evaluators import _choices, _pronoun_pairs
-from evaluators._bias import BiasRise, flips
+from evaluators import _choices, _pronoun_pairs, _samples
+from evaluators._bias import BiasRise, flips, from_templates
 
-_LENGTH = 512
 SHOWN = 6
 
 
@@ -29,7 +28,7 @@ class Pronouns(BiasRise):
 
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """The sentences from templates, whatever the evaluation sources are."""
-        return [_choices.as_documents("pronoun pairs", [*_pronoun_pairs.clusters()], _LENGTH)]
+        return from_templates("pronoun pairs", _pronoun_pairs.clusters())
 
     def examples(self, data: Documents, encode: Callable[[str], list[int]]) -> list[Example]:
         """One example per sentence; its payload is the tokens of both choices with "he", and those with "she"."""
@@ -71,14 +70,13 @@ class Pronouns(BiasRise):
     ) -> list[Sample]:
         """The first sentences on which gender newly decides, in their random order; who is meant with he and she."""
         found: list[Sample] = []
-        for example, after, before in zip(examples, new, old, strict=True):
-            if after.total > before.total and len(found) < SHOWN:
-                he = example.payload[0]
-                start = _choices.start_of(he)
+        for note, (example, before, after) in _samples.first_flips(examples, new, old, {1.0: "newly biased"}, SHOWN):
+            he = example.payload[0]
+            start = _choices.start_of(he)
 
-                def told(score: Score, he: Sequence[Sequence[int]] = he, start: int = start) -> str:
-                    chosen = [decode(he[int(not score.extra[p])][start:]).strip() for p in ("he", "she")]
-                    return f"he: {chosen[0]} she: {chosen[1]}"
+            def told(score: Score, he: Sequence[Sequence[int]] = he, start: int = start) -> str:
+                chosen = [decode(he[int(not score.extra[p])][start:]).strip() for p in ("he", "she")]
+                return f"he: {chosen[0]} she: {chosen[1]}"
 
-                found.append(Sample(example.id, decode(he[0][:start]), told(before), told(after), "newly biased"))
+            found.append(Sample(example.id, decode(he[0][:start]), told(before), told(after), note))
         return found

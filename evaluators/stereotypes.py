@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
-from evaluators import _choices, _stereotype_pairs
-from evaluators._bias import BiasRise, flips
+from evaluators import _choices, _samples, _stereotype_pairs
+from evaluators._bias import BiasRise, flips, from_templates
 
-_LENGTH = 512
 SHOWN = 4  # flips of each direction
 
 
@@ -29,7 +28,7 @@ class Stereotypes(BiasRise):
 
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """The pairs from templates, whatever the evaluation sources are."""
-        return [_choices.as_documents("stereotype pairs", [*_stereotype_pairs.clusters()], _LENGTH)]
+        return from_templates("stereotype pairs", _stereotype_pairs.clusters())
 
     def examples(self, data: Documents, encode: Callable[[str], list[int]]) -> list[Example]:
         """One example per sentence; its payload is the tokens against the stereotype, and those that follow it."""
@@ -67,12 +66,9 @@ class Stereotypes(BiasRise):
         decode: Callable[[Sequence[int]], str],
     ) -> list[Sample]:
         """The first flips of each direction, in the random order of the pairs."""
-        found: dict[str, list[Sample]] = {"newly stereotyped": [], "no longer stereotyped": []}
-        for example, after, before in zip(examples, new, old, strict=True):
-            note = {1.0: "newly stereotyped", -1.0: "no longer stereotyped"}.get(after.total - before.total)
-            if note is None or len(found[note]) == SHOWN:
-                continue
+        found, notes = [], {1.0: "newly stereotyped", -1.0: "no longer stereotyped"}
+        for note, (example, before, after) in _samples.first_flips(examples, new, old, notes, SHOWN):
             start = _choices.start_of(example.payload)
             theirs, ours = (decode(example.payload[int(score.total)][start:]) for score in (before, after))
-            found[note].append(Sample(example.id, decode(example.payload[0][:start]), theirs, ours, note))
-        return [sample for samples in found.values() for sample in samples]
+            found.append(Sample(example.id, decode(example.payload[0][:start]), theirs, ours, note))
+        return found

@@ -2,85 +2,67 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from compress.errors import Corrupt, RecipeError
-from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Sample, Score
-from evaluators import _text_metrics
-from evaluators._answers import check_room, ids, nats_per_token
+from compress.errors import RecipeError
+from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
+from evaluators import _rows, _samples, _text_metrics
+from evaluators._answers import ids, written
+from evaluators._fields import Drop
 
 SHOWN = 6
 _WANTED = 'expected a JSON object with a text "prompt" and "reference" or a list "references"'
 
 
-class Text(Evaluator):
-    """Points lost of BLEU, chrF, ROUGE, exact match or F1 on your own prompts with references, answered greedily.
+class Text(Drop):
+    """Points lost of BLEU, chrF, ROUGE, METEOR, exact match or F1 on your own prompts with references.
 
-    Every example is scored on its own and paired with the baseline's answer; the mean difference is bounded exactly,
+    Every greedy answer is scored on its own and paired with the baseline's; the mean difference is bounded exactly,
     whatever its distribution. A baseline that earns hardly anything proves nothing: INVALID.
     """
 
     name: ClassVar[str] = "text"
-    unit: ClassVar[str] = "fraction"
     definition: ClassVar[str] = (
         "mean over prompts of the metric, named with the source, of the greedy answer (cut at the first of `until`) "
         "against its references, in [0, 1]; the loss is the paired mean fall; exact at every look."
     )
-    statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "betting"
-    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop"})
 
-    max_documents: int | None = Field(2000, ge=1)
     data: str  # file:PATH, JSON lines with prompt, reference or references, and perhaps id
     metric: _text_metrics.Metric
     tokenize: _text_metrics.Tokenize = "13a"  # of BLEU; zh for Chinese
     chat: bool = True  # through the model's chat template, where it ships one; false for plain continuations
     until: tuple[str, ...] = Field((), strict=False)  # texts that end an answer, e.g. a newline
     max_new_tokens: int = Field(64, ge=1, le=4096)
-    max_drop: float = Field(gt=0, le=50, allow_inf_nan=False)  # points of 100
 
     @model_validator(mode="after")
     def _sensible(self) -> Text:
-        if not self.data.startswith("file:"):
-            raise ValueError(f"data={self.data!r}; expected file:PATH of JSON lines")
+        _rows.check_source(self.data)
         if self.tokenize != "13a" and self.metric != "bleu":
             raise ValueError(f"tokenize is for the metric bleu, not for {self.metric}; drop it")
         if not all(self.until):
             raise ValueError("until holds an empty text, which would end every answer before it begins")
-        if self.max_documents is not None and self.max_documents < self.minimum_examples:
-            raise ValueError(f"max_documents={self.max_documents} can never decide: {self.minimum_examples} are needed")
         return self
-
-    @property
-    def margin(self) -> float:
-        """Largest fall of the metric, as a fraction."""
-        return self.max_drop / 100
 
     @property
     def written(self) -> int:
         """Tokens of an answer."""
         return self.max_new_tokens
 
-    @property
-    def _path(self) -> Path:
-        return Path(self.data.removeprefix("file:")).expanduser()
-
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """The rows of the file, in a random order that depends on their ids alone, whatever the evaluation data."""
-        rows = _read(self._path, self.metric)
-        pairs = sorted(rows.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
-        digest = hashlib.sha256(json.dumps([_text_metrics.library(self.metric), pairs]).encode()).hexdigest()
-        return [Documents(f"{self.data} by {self.metric}", pairs, digest)]
+        library = _text_metrics.library(self.metric)
+        rows = _read(_rows.path_of(self.data), self.metric)
+        return [_rows.documents(f"{self.data} by {self.metric}", rows, library)]
 
     def reads(self) -> str:
         """The file, and the library that computes the metric."""
-        return f"{hashlib.sha256(_bytes(self._path)).hexdigest()} {_text_metrics.library(self.metric)}"
+        return f"{_rows.digest(self.data)} {_text_metrics.library(self.metric)}"
 
     def encoder(self, model: LanguageModel) -> Callable[[str], list[int]]:
         """As a message to answer, or as it stands."""
@@ -102,40 +84,22 @@ class Text(Evaluator):
         positions: the answer's tokens. extra: nats per token that the model gives it, in which different weights
         differ even where their answers do not.
         """
-        prompts = [example.payload[0] for example in batch]
-        check_room(model, prompts, self.max_new_tokens)
-        answers = [tuple(model.generate(prompt, self.max_new_tokens)) for prompt in prompts]
+        answers = written(model, [example.payload[0] for example in batch], self.max_new_tokens)
         metric = _text_metrics.scorer(self.metric, self.tokenize)
         scores = []
-        for example, answer, nats in zip(batch, answers, nats_per_token(model, prompts, answers), strict=True):
-            missing = 1 - metric(self._text(model, answer), example.payload[1]) if math.isfinite(nats) else math.nan
-            scores.append(Score(example.id, missing, 1.0, {"nats": nats}, tuple(map(float, answer))))
+        for example, answer in zip(batch, answers, strict=True):
+            earned = metric(self._cut(answer.text), example.payload[1]) if math.isfinite(answer.nats) else math.nan
+            scores.append(Score(example.id, 1 - earned, 1.0, {"nats": answer.nats}, tuple(map(float, answer.tokens))))
         return scores
 
-    def _text(self, model: LanguageModel, answer: Sequence[int]) -> str:
+    def _cut(self, text: str) -> str:
         """What is compared with the references: up to the end of the answer, or to the first text of `until`."""
-        text = model.decode(answer[:-1] if answer[-1] in model.eos_ids else answer)
         ends = [at for at in map(text.find, self.until) if at >= 0]
         return text[: min(ends, default=len(text))].strip()
 
-    def display(self, loss: float) -> str:
-        """The loss in points of 100.
-
-        >>> Text(data="file:qa.jsonl", metric="f1", max_drop=3.0).display(0.0125)
-        '-1.25 points'
-        """
-        return f"{-100 * loss + 0.0:+.2f} points"
-
-    def value(self, scores: Sequence[Score]) -> float:
-        """The mean metric."""
-        return 1 - super().value(scores)
-
     def doubt(self, scores: Sequence[Score], reference: Sequence[Score]) -> str:
         """A reference that earns little leaves no room for a loss beyond the margin."""
-        earned = self.value(reference)
-        if earned > 3 * self.margin:
-            return ""
-        return f"the reference itself earns {100 * earned:.1f} points, and more than three margins are needed"
+        return self.earned(reference)
 
     def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
         """Answers that match worse and better than the reference's, the same ones, and their length."""
@@ -156,10 +120,9 @@ class Text(Evaluator):
         decode: Callable[[Sequence[int]], str],
     ) -> list[Sample]:
         """The answers that lost most, and then the first of those that are left."""
-        ranked = sorted(zip(examples, new, old), key=lambda t: t[2].total - t[1].total)
         return [
             Sample(e.id, decode(e.payload[0]), decode(ids(theirs)), decode(ids(ours)), self._note(e, theirs, ours))
-            for e, ours, theirs in ranked[:SHOWN]
+            for e, theirs, ours in _samples.most_changed(examples, new, old, SHOWN)
         ]
 
     def _note(self, example: Example, old: Score, new: Score) -> str:
@@ -167,50 +130,23 @@ class Text(Evaluator):
         return f"{points}; reference: {example.payload[1][0]}"
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RecipeError(f"data source file:{path}: cannot be read ({error.strerror})") from None
-
-
 def _read(path: Path, metric: str) -> dict[str, str]:
     """Id → prompt and references as JSON, row by row; raises RecipeError, or Corrupt for what is no text."""
-    try:
-        lines = _bytes(path).decode("utf-8").split("\n")  # other line separators may stand inside a JSON text
-    except UnicodeDecodeError as error:
-        raise Corrupt(f"{path}: not UTF-8 at byte {error.start}") from None
     found: dict[str, str] = {}
-    prompts: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        name, prompt, references = _row(where, line)
+    prompts: dict[str, str] = {}
+    for where, name, row in _rows.rows(path, _WANTED):
+        prompt, references = _row(where, row)
         for reference in references:
             if reason := _text_metrics.unscorable(metric, reference):
                 raise RecipeError(f"{where}: reference {reference[:40]!r}: {reason}")
-        if name in found:
-            raise RecipeError(f"{where}: the id {name!r} occurs twice; ids must be unique")
-        if prompt in prompts:
-            # Examples count as independent evidence.
-            raise RecipeError(f"{where}: repeats the prompt of line {prompts[prompt]}; give one row all references")
-        prompts[prompt] = number
+        _rows.once(where, prompt, prompts, "prompt", "give one row all references")
         found[name] = json.dumps([prompt, *references], ensure_ascii=False)
-    if not found:
-        raise RecipeError(f"data source file:{path} is empty; {_WANTED} per line")
     return found
 
 
-def _row(where: str, line: str) -> tuple[str, str, list[str]]:
-    try:
-        row: Any = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise RecipeError(f"{where}: {_WANTED}, found {line[:40]!r}")
+def _row(where: str, row: dict[str, Any]) -> tuple[str, list[str]]:
     references = row.get("references", [row.get("reference")])
     texts: list[Any] = [row.get("prompt"), *references] if isinstance(references, list) else []
     if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise RecipeError(f"{where}: {_WANTED}, none of them empty; found {line[:60]!r}")
-    return str(row.get("id", where.rpartition(":")[2])), texts[0], texts[1:]
+        raise RecipeError(f"{where}: {_WANTED}, none of them empty; found {json.dumps(row)[:60]!r}")
+    return texts[0], texts[1:]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.branching import Branches
 from compress.errors import CompressError, Corrupt, RecipeError
+from compress.numerics.sampling import Pick, greedy
 from export import _gguf_cache
 from export._chat import render
 
@@ -190,8 +191,8 @@ class LlamaCpp:
         for i in range(prefill, len(window)):
             yield self._decode(window[i : i + 1], i)[-1]
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation, up to and including the first end-of-sequence token."""
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, pick: Pick = greedy) -> list[int]:
+        """Continuation, up to and including the first end-of-sequence token; pick: logits → token."""
         self._start(len(prompt) + max_new_tokens)
         position, row = 0, None
         for chunk in _chunks(prompt, BATCH):
@@ -201,7 +202,7 @@ class LlamaCpp:
             raise RecipeError("an empty prompt cannot be continued; give at least one token")
         tokens: list[int] = []
         while len(tokens) < max_new_tokens:
-            tokens.append(int(row.argmax()))
+            tokens.append(pick(row))
             if tokens[-1] in self.eos_ids or len(tokens) == max_new_tokens:
                 break
             row = self._decode(tokens[-1:], position)[-1]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.batching import batches, consecutive
 from compress.errors import Corrupt, RecipeError
+from compress.numerics.sampling import Pick, greedy
 from export import _onnx_file
 from export._chat import render
 from export._onnx_packing import INT8_ACTIVATIONS
@@ -149,15 +150,15 @@ class OnnxModel:
         for t in range(prefill, len(ids)):
             yield torch.from_numpy(cache.step(ids[t : t + 1])[-1])
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation, up to and including the first end-of-sequence token."""
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, pick: Pick = greedy) -> list[int]:
+        """Continuation, up to and including the first end-of-sequence token; pick: logits → token."""
         limit = min(len(prompt) + max_new_tokens, self.context_length)
         ids, tokens = self._ids(prompt), list[int]()
         cache = _Cache(self._session, self._shapes, limit)
         for start in range(0, len(ids), TOKENS_PER_CHUNK):
             last = cache.step(ids[start : start + TOKENS_PER_CHUNK])[-1]
         while len(tokens) < limit - len(ids):
-            tokens.append(int(last.argmax()))
+            tokens.append(pick(last))
             if tokens[-1] in self.eos_ids or len(tokens) == limit - len(ids):
                 break
             last = cache.step(self._ids(tokens[-1:]))[-1]

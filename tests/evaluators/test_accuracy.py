@@ -12,7 +12,7 @@ from compress.errors import GateInconclusive, RecipeError
 from compress.gate import Gate
 from compress.interfaces import Documents, Score
 from compress.measure import _limited, _without_margin, evaluate, measure
-from evaluators import _choices
+from evaluators import _choices, _facts
 from evaluators._choices import Cluster, Item
 from evaluators.accuracy import TASKS, Accuracy
 from tests.evaluators.test_items import prose
@@ -88,7 +88,7 @@ def test_margins_that_no_baseline_can_exceed_chance_by_three_times_are_refused(t
     ("tasks", "reason"),
     [
         (["minimal_pair"], "unknown task 'minimal_pair'; did you mean minimal_pairs?"),
-        (["hellaswag"], "known: cloze, lm_eval:NAME, minimal_pairs"),
+        (["hellaswag"], "known: cloze, facts, lm_eval:NAME, minimal_pairs"),
         (["lm_eval:"], "unknown task 'lm_eval:'"),
         ([], "at least 1 item"),
         (["cloze", "cloze"], "a task is listed twice"),
@@ -325,7 +325,25 @@ def test_clusters_are_the_units(baseline):
 
 
 def test_chance_is_known_for_every_task():
-    assert {name: task.chance for name, task in TASKS.items()} == {"minimal_pairs": 0.5, "cloze": 1 / 32}
+    assert {name: task.chance for name, task in TASKS.items()} == {
+        "minimal_pairs": 0.5,
+        "cloze": 1 / 32,
+        "facts": 1 / 8,
+    }
+
+
+def test_facts_are_many_distinct_and_draw_their_wrong_answers_among_their_kind():
+    (data,) = Accuracy(tasks=["facts"], max_drop=3.0).sources([])
+    groups = Counter(_choices.group_of(name) for name, _ in data.documents)
+    assert groups == {"capitals": 108, "symbols": 66, "authors": 66}  # each with enough left beside those that qualify
+    for name, text in data.documents:
+        ((prefix, right, *wrong),) = json.loads(text)
+        known = _facts.pairs(_choices.group_of(name))
+        subject = name.split(":", 1)[1].replace("_", " ")
+        assert right == f" {known[subject]}" and subject in prefix and len({right, *wrong}) == 8
+        assert {w.strip() for w in wrong} <= set(known.values()) and known[subject] not in subject
+    assert Accuracy(tasks=["facts"], max_drop=3.0).sources([]) == [data]
+    assert [name for name, _ in data.documents] != sorted(name for name, _ in data.documents)
 
 
 def test_cloze_runs_on_text(baseline):

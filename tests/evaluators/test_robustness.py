@@ -61,6 +61,15 @@ def test_examples_worked_out_by_hand():
     assert changed("typos", "abcd") == "acbd"  # the only two inner letters
     assert changed("typos", "is it aaaa") == "is it aaaa"  # nothing to swap
     assert changed("casing", "x 42") == "X 42"
+    assert changed("synonyms", "a large film, often shown") == "a big movie, frequently displayed"
+    assert changed("synonyms", "an often shown tale") == "an often displayed story"  # "an frequently" would be wrong
+    assert changed("synonyms", "The king slept as though") == "The king slept as though"
+
+
+def test_synonyms_are_words_that_name_each_other_or_lead_nowhere():
+    table = _perturb._synonyms()
+    assert len(table) == 69 and all(a != b and a.islower() and " " not in a + b for a, b in table.items())
+    assert sum(table.get(b) == a for a, b in table.items()) == 58
 
 
 @pytest.mark.parametrize("kind", _perturb.KINDS)
@@ -73,7 +82,8 @@ def test_items_keep_their_answers_and_ids_and_repeat_themselves(kind):
     for name, text in first.documents:
         for (prefix, *choices), (new, *same) in zip(json.loads(before[name]), json.loads(text), strict=True):
             assert choices == same and new != prefix
-    assert len(first.documents) > 0.8 * len(data.documents) > 50
+    least = 0.02 if kind == "synonyms" else 0.8  # few of these sentences hold a word of the list
+    assert len(first.documents) > least * len(data.documents) > 2
 
 
 def test_two_perturbations_of_one_document_are_drawn_apart():

@@ -30,6 +30,7 @@ from compress.architectures import Facts
 from compress.encodings import EncodedTensor, Encoding, same_stored
 from compress.errors import CompressError, Corrupt, RecipeError
 from compress.model import Model
+from compress.numerics.sampling import gumbel
 from compress.steps.quantize._fields import round_to_nearest
 from export import _gguf_vocabulary, gguf
 from export._gguf_vocabulary import probes
@@ -331,6 +332,7 @@ def test_generation_is_greedy(opened: Any) -> None:
         tokens = runtime.generate(prompt, 8)
         assert tokens == model.generate(prompt, 8)
         assert runtime.generate(prompt, 1) == tokens[:1]
+        assert runtime.generate(prompt, 8, gumbel(2.0, 5)) == model.generate(prompt, 8, gumbel(2.0, 5)) != tokens
     with pytest.raises(RecipeError, match="at least one token"):
         runtime.generate([], 3)
 

@@ -28,6 +28,7 @@ from compress.architectures import Facts
 from compress.encodings import FLOAT_DTYPES, EncodedTensor, Encoding, same_stored
 from compress.errors import CompressError, Corrupt, RecipeError, UnsafeInput
 from compress.model import Model
+from compress.numerics.sampling import gumbel
 from compress.steps.quantize._fields import round_to_nearest
 from export import onnx as exporter
 from export._onnx_packing import packed, unpacked
@@ -256,6 +257,8 @@ def test_long_prompts_are_read_in_pieces(export: Callable[[str], Export], monkey
     runtime = Onnx().open(done.path)
     monkeypatch.setattr("export._onnxruntime.TOKENS_PER_CHUNK", 7)
     assert runtime.generate(WINDOWS[1], 12) == done.model.generate(WINDOWS[1], 12)
+    drawn = [model.generate(WINDOWS[1], 12, gumbel(2.0, 5)) for model in (runtime, done.model)]
+    assert drawn[0] == drawn[1] != done.model.generate(WINDOWS[1], 12)
 
 
 def test_runtime_describes_the_model(export: Callable[[str], Export]) -> None:
