@@ -81,10 +81,18 @@ class Gguf(Exporter):
         return None
 
     def check(self, facts: Facts) -> None:
-        """Refuse an architecture without a dialect, and a missing runtime; raises RecipeError."""
+        """Refuse what llama.cpp would compute differently, and a missing runtime; raises RecipeError."""
         kind = facts.architecture.model_type
         if kind not in DIALECTS:
             raise RecipeError(f"gguf cannot write architecture {kind!r}; known: {', '.join(DIALECTS)}")
+        if facts.rope != "default":
+            raise RecipeError(f"gguf: rope scaling {facts.rope!r} is not written yet; export to onnx instead")
+        if facts.activation != "silu":
+            raise RecipeError(f"gguf: llama.cpp computes silu here, not {facts.activation!r}; export to onnx")
+        if facts.window is not None:
+            raise RecipeError(
+                f"gguf: a sliding window of {facts.window} tokens is not written yet; export to onnx instead"
+            )
         queries, hidden = facts.sizes["q"], facts.sizes["residual"]
         if DIALECTS[kind].square and queries != hidden:
             raise RecipeError(
@@ -176,15 +184,8 @@ class Gguf(Exporter):
 
 
 def _add_shape(writer: Any, config: Mapping[str, Any], facts: Facts) -> None:
-    """The keys from which llama.cpp builds the network; refuses what it would compute differently."""
+    """The keys from which llama.cpp builds the network."""
     rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise RecipeError(f"gguf: rope scaling {rope['rope_type']!r} is not written yet; export to onnx instead")
-    if config.get("hidden_act") != "silu":
-        raise RecipeError(f"gguf: llama.cpp computes silu here, not {config.get('hidden_act')!r}; export to onnx")
-    window = config.get("sliding_window")
-    if window is not None and config.get("use_sliding_window", True) and window < facts.context_length:
-        raise RecipeError(f"gguf: a sliding window of {window} tokens is not written yet; export to onnx instead")
     writer.add_context_length(facts.context_length)
     writer.add_embedding_length(facts.sizes["residual"])
     writer.add_block_count(facts.layers)
