@@ -340,6 +340,10 @@ class Exporter(Plugin, ABC):
     # For the model card: runtime → the line that loads the artifact; "{file}" stands for its largest file.
     usage: ClassVar[Mapping[str, str]] = {}
 
+    def loads(self) -> Mapping[str, str]:
+        """`usage`, as far as these fields allow it."""
+        return self.usage
+
     @abstractmethod
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
         """Why this format cannot hold the tensor's encoding exactly, or None."""

@@ -74,7 +74,7 @@ def _artifact(exporter: Exporter, name: str, size_bytes: int, bits: float, param
         "name": name,
         "format": exporter.name,
         "params": exporter.model_dump(mode="json"),
-        "usage": dict(exporter.usage),
+        "usage": dict(exporter.loads()),
         "weights_exact": True,
         "size_bytes": size_bytes,
         "bits_per_weight": float(f"{bits:.6g}"),
