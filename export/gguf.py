@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress import ggml_mixes
 from compress.architectures import ARCHITECTURES, Facts
 from compress.encodings import GGML_BLOCKS, EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
@@ -46,7 +47,7 @@ DIALECTS = {
     "qwen3": Dialect("qwen3", interleaved=False),
 }
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # the way back
-_UNQUANTIZED = {"F32", "F16", "BF16"}
+_FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _FILE_TYPES = {
     "F32": "ALL_F32",
     "MXFP4": "MOSTLY_MXFP4_MOE",  # llama.cpp knows it from mixtures of experts
@@ -162,12 +163,13 @@ class Gguf(Exporter):
             yield name, _reordered(name, held, DIALECTS[kind], heads, kv_heads, back=True)
 
     def _add_tensors(self, writer: Any, model: Model, dialect: Dialect) -> None:
-        """Add every tensor in its block type, then the type that most weights have."""
+        """Add every tensor in its block type, then llama.cpp's name of the mix, or the type that most weights have."""
         import gguf
 
         facts = model.facts
         names = _names(facts.architecture.model_type, facts.layers)
         weights: Counter[str] = Counter()
+        kinds: dict[str, str] = {}
         for name, tensor in model.tensors():
             if name not in names:
                 raise RecipeError(f"gguf: {dialect.name} has no tensor for {name}; export to onnx instead")
@@ -176,10 +178,14 @@ class Gguf(Exporter):
             tensor = _reordered(name, tensor, dialect, facts.heads, facts.kv_heads, back=False)
             kind, data = _to_file(tensor, name)
             weights[kind] += tensor.numel() if not isinstance(tensor, EncodedTensor) else math.prod(tensor.shape)
+            if name in facts.matrices:
+                kinds[name] = _FLOATS.get(kind, kind.lower())
             writer.add_tensor(names[name], data, raw_dtype=gguf.GGMLQuantizationType[kind])
         majority = weights.most_common(1)[0][0]
-        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES.get(majority, f"MOSTLY_{majority}")])
-        if weights.keys() - _UNQUANTIZED:
+        preset = ggml_mixes.recognized(kinds, facts)
+        named = f"MOSTLY_{preset}" if preset else _FILE_TYPES.get(majority, f"MOSTLY_{majority}")
+        writer.add_file_type(gguf.LlamaFileType[named])
+        if weights.keys() - _FLOATS.keys():
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

@@ -12,7 +12,7 @@ LAYERS = [
     ("compress.lock", "compress.environment"),
     ("compress.numerics",),
     ("compress.encodings", "compress.architectures"),
-    ("compress.model", "compress.source", "compress.permutation"),
+    ("compress.model", "compress.source", "compress.permutation", "compress.ggml_mixes"),
     ("compress.data", "compress.artifact", "compress.blocks", "compress.lineage"),
     ("compress.interfaces",),
     ("compress.plugin",),
