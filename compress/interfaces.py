@@ -102,6 +102,14 @@ class Streaming(Protocol):
         """
 
 
+@runtime_checkable
+class Inspectable(Protocol):
+    """A language model that shows what its norms compute; asked for only where an artifact differs from its model."""
+
+    def norm_outputs(self, norms: Sequence[str], window: Sequence[int]) -> Sequence[Tensor]:
+        """Output of each norm, by its module's name, on one window: (len(window), width) float32 each."""
+
+
 class Plugin(BaseModel):
     """Base of every plug-in: frozen, strict, unknown keys refused."""
 

@@ -140,3 +140,13 @@ def held_tensor(graph: Any, initializer: str) -> Tensor:
     if array.dtype.name in ("int4", "uint4"):  # a byte each, once read
         return torch.from_numpy(array.astype(array.dtype.name.replace("4", "8")))
     return torch.from_numpy(array.copy())
+
+
+def norm_output(model: Any, module: str) -> str:
+    """Name of the value that a norm computes, in an onnx.ModelProto; raises Corrupt where there is none."""
+    gains = {f"{module}.weight", f"{module}.weight.float32"}
+    for node in model.graph.node:
+        if node.op_type != "Cast" and gains & set(node.input):
+            found: str = node.output[0]
+            return found
+    raise Corrupt(f"the ONNX graph has no norm {module!r}")

@@ -167,6 +167,22 @@ class OnnxModel:
             last = cache.step(self._ids(tokens[-1:]))[-1]
         return tokens
 
+    def norm_outputs(self, norms: Sequence[str], window: Sequence[int]) -> list[Tensor]:
+        """Output of each norm on one window, (len(window), width) each, by a second session of the same graph."""
+        import onnx
+        import torch
+
+        graph = onnx.load(self._folder / _onnx_file.GRAPH, load_external_data=False)
+        names = [_onnx_file.norm_output(graph, norm) for norm in norms]
+        graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+        beside = {"session.model_external_initializers_file_folder_path": str(self._folder)}
+        shipped, self._session = self._session, _session(graph.SerializeToString(), {**self._settings, **beside})
+        try:
+            found = self._session.run(names, self._feed([window]))
+        finally:
+            self._session = shipped
+        return [torch.from_numpy(array[0]) for array in found]
+
     def close(self) -> None:
         """Release the session and its weights."""
         del self._session
@@ -184,12 +200,16 @@ class OnnxModel:
 
     def _prefill(self, batch: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits (windows, longest, vocabulary) of windows that start with an empty cache."""
+        logits: np.ndarray = self._session.run(["logits"], self._feed(batch))[0]
+        return logits
+
+    def _feed(self, batch: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """All inputs: windows padded on the right, and an empty cache."""
         import numpy as np
 
         shape = (len(batch), self._shapes.kv_heads, 0, self._shapes.head_size)
-        feed = {name: np.zeros(shape, np.float32) for name, _ in _cache_names(self._shapes.layers)}
-        logits: np.ndarray = self._session.run(["logits"], {**self._padded(batch), **feed})[0]
-        return logits
+        empty = {name: np.zeros(shape, np.float32) for name, _ in _cache_names(self._shapes.layers)}
+        return {**self._padded(batch), **empty}
 
     def _padded(self, batch: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         """Token ids and mask of windows, padded on the right."""
@@ -244,7 +264,7 @@ def _cache_names(layers: int) -> Iterator[tuple[str, str]]:
             yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
 
 
-def _session(path: Path, settings: Mapping[str, str]) -> Any:
+def _session(graph: Path | bytes, settings: Mapping[str, str]) -> Any:
     import onnxruntime
     import torch
 
@@ -254,9 +274,11 @@ def _session(path: Path, settings: Mapping[str, str]) -> Any:
     for key, value in settings.items():
         options.add_session_config_entry(key, value)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        source = graph if isinstance(graph, bytes) else str(graph)
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a class per status code, without a common base
-        raise Corrupt(f"{path}: onnxruntime cannot load it: {error}") from error
+        name = "a graph with more outputs" if isinstance(graph, bytes) else graph
+        raise Corrupt(f"{name}: onnxruntime cannot load it: {error}") from error
 
 
 def _tokenizer(path: Path) -> Any:

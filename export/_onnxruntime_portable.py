@@ -77,7 +77,5 @@ class PortableModel(OnnxModel):
         row: np.ndarray = self._prefill([window])[0, -1]
         return row
 
-    def _prefill(self, batch: Sequence[Sequence[int]]) -> np.ndarray:
-        """Logits (windows, longest, vocabulary), padded on the right."""
-        logits: np.ndarray = self._session.run(["logits"], self._padded(batch))[0]
-        return logits
+    def _feed(self, batch: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        return self._padded(batch)
