@@ -356,6 +356,10 @@ class Exporter(Plugin, ABC):
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
         """Why this format cannot hold the tensor's encoding exactly, or None."""
 
+    def refuses_together(self, encodings: Mapping[str, Encoding]) -> str | None:
+        """Why this format cannot hold tensors in these encodings, by name, in one model, or None."""
+        return None
+
     def check(self, facts: Facts) -> None:
         """Refuse, before weights load, an architecture this exporter cannot write; raises RecipeError."""
 
