@@ -2,8 +2,7 @@
 
 Usage: .venv/bin/python scripts/interop_gptq.py FOLDER --peer PYTHON --text FILE [--windows 4] [--length 256]
 FOLDER: written by `compress export MODEL checkpoint --set format=gptq --out FOLDER`. --peer: the interpreter of an
-environment with gptqmodel, which loads the folder with its kernel in plain torch (on a CPU it computes in bfloat16 or
-float16). One JSON object: perplexity of both, mean KL in nats per token, largest difference of logits in standard
+environment with gptqmodel (7.7 was tried), which loads the folder with its kernel in plain torch. One JSON object: perplexity of both, mean KL in nats per token, largest difference of logits in standard
 deviations of their row, and whether the weights that GPTQModel unpacks are ours; exit 1 where they are not, or where the
 KL exceeds --max-kl.
 """
@@ -26,8 +25,8 @@ from compress.numerics.divergence import divergence, token_nll
 PEER = """
 import json, sys, torch
 from gptqmodel import BACKEND, GPTQModel
-folder, windows, out = sys.argv[1:]
-model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH)
+folder, windows, out, dtype = sys.argv[1:]
+model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=getattr(torch, dtype))
 inner = model.model
 weights = {n: m.dequantize_weight().T.contiguous().clone() for n, m in inner.named_modules() if hasattr(m, "qweight")}
 with torch.inference_mode():
@@ -44,6 +43,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--dtype", default="float16", help="of GPTQModel's scales and products; bfloat16 rounds scales")
     parser.add_argument("--max-kl", type=float, default=0.005)
     options = parser.parse_args()
     ours = open_model(str(options.folder))
@@ -52,19 +52,20 @@ def main() -> None:
     windows = [w for i in starts if len(w := ids[i : i + options.length]) > 1]
     if not windows:
         raise SystemExit(f"{options.text} holds no window of two tokens")
-    theirs = peer(options.peer, options.folder, windows)
+    theirs = peer(options.peer, options.folder, windows, options.dtype)
     found = compared(ours, theirs, windows)
     print(json.dumps(found, indent=2))
     if not found["weights_equal"] or not found["mean_kl"] <= options.max_kl:
         raise SystemExit(1)
 
 
-def peer(python: str, folder: Path, windows: list[list[int]]) -> dict:
+def peer(python: str, folder: Path, windows: list[list[int]], dtype: str) -> dict:
     """What GPTQModel makes of the folder, in a process of the other environment."""
     with tempfile.TemporaryDirectory() as temporary:
         given, out = Path(temporary) / "windows.json", Path(temporary) / "out.pt"
         given.write_text(json.dumps(windows), encoding="utf-8")
-        done = subprocess.run([python, "-c", PEER, str(folder), str(given), str(out)], stdout=sys.stderr, check=False)
+        command = [python, "-c", PEER, str(folder), str(given), str(out), dtype]
+        done = subprocess.run(command, stdout=sys.stderr, check=False)
         if done.returncode:
             raise SystemExit(f"gptqmodel failed with code {done.returncode}")
         return dict(torch.load(out, weights_only=True))
