@@ -116,8 +116,8 @@ class Onnx(Exporter):
             return
         with tempfile.TemporaryDirectory(prefix="compress-onnx-") as temporary:
             skeleton, built = Path(temporary) / "skeleton", Path(temporary) / "built"
-            _save_skeleton(model, skeleton)
-            _build(skeleton, built)
+            save_skeleton(model, skeleton)
+            build(skeleton, built, "fp32", "fuse_qkv=false", "shared_embeddings=false")
             self._write_graph(model, built, out)
             _write_config(model, built, out)
         _write_tokenizer(model, out)
@@ -199,7 +199,7 @@ def _write_portable(model: Model, out: Path) -> None:
     _write_tokenizer(model, out)
 
 
-def _save_skeleton(model: Model, folder: Path) -> None:
+def save_skeleton(model: Model, folder: Path) -> None:
     """The model in transformers' format, for the builder to read its shape from.
 
     Its values are all replaced later. Biases are ones, because the builder leaves out biases of zeros.
@@ -221,12 +221,11 @@ def _save_skeleton(model: Model, folder: Path) -> None:
     model.tokenizer.save_pretrained(folder)
 
 
-def _build(skeleton: Path, built: Path) -> None:
-    """Run onnxruntime-genai's builder: float32, CPU, one matrix product per linear.
+def build(skeleton: Path, built: Path, precision: str, *options: str) -> None:
+    """Run onnxruntime-genai's builder for the CPU, with its extra options NAME=VALUE.
 
     In a process of its own: it prints, extends sys.path by generic names, and holds the weights twice.
     """
-    options = ["fuse_qkv=false", "shared_embeddings=false", "hf_token=false"]
     command = [
         sys.executable,
         "-P",
@@ -237,7 +236,8 @@ def _build(skeleton: Path, built: Path) -> None:
         "-o",
         str(built),
     ]
-    command += ["-p", "fp32", "-e", "cpu", "-c", str(skeleton / "cache"), "--extra_options", *options]
+    command += ["-p", precision, "-e", "cpu", "-c", str(skeleton / "cache")]
+    command += ["--extra_options", "hf_token=false", *options]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
     log.debug("onnxruntime-genai builder: %s%s", done.stdout, done.stderr)

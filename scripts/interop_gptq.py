@@ -2,9 +2,10 @@
 
 Usage: .venv/bin/python scripts/interop_gptq.py FOLDER --peer PYTHON --text FILE [--windows 4] [--length 256]
 FOLDER: written by `compress export MODEL checkpoint --set format=gptq --out FOLDER`. --peer: the interpreter of an
-environment with gptqmodel (7.7 was tried), which loads the folder with its kernel in plain torch. One JSON object: perplexity of both, mean KL in nats per token, largest difference of logits in standard
-deviations of their row, and whether the weights that GPTQModel unpacks are ours; exit 1 where they are not, or where the
-KL exceeds --max-kl.
+environment with gptqmodel (7.7 was tried), which loads the folder with its kernel in plain torch. One JSON object:
+perplexity of both, mean KL in nats per token, largest difference of logits in standard deviations of their row, and
+whether the weights that GPTQModel unpacks are ours in its dtype; exit 1 where they are not, or where the KL exceeds
+--max-kl.
 """
 
 from __future__ import annotations
