@@ -66,8 +66,8 @@ def onnx_pair(spec: str, activations: str, folder: Path) -> tuple[Made, Made]:
     skeleton, theirs = folder / "float32", folder / "theirs"
     folder.mkdir(parents=True)
     save_skeleton(model, skeleton)
-    level = 4 if activations == "int8" else 1  # the builder takes 0 for its own default, which is 4
-    seconds = timed(lambda: build(skeleton, theirs, "int4", "int4_block_size=32", f"int4_accuracy_level={level}"))
+    level = 4 if activations == "int8" else 1  # of MatMulNBits: 8-bit or float32 activations
+    seconds = timed(lambda: build(skeleton, theirs, "int4", "block_size=32", f"accuracy_level={level}"))
     declare(theirs)
 
     def make() -> None:
