@@ -74,6 +74,9 @@ class Facts:
     vocabulary: int
     context_length: int
     tied: bool
+    activation: str = "silu"  # of the MLP
+    rope: str = "default"  # how rotary frequencies are scaled
+    window: int | None = None  # tokens that attention reaches back to, where that is less than the context
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> Facts:
@@ -99,6 +102,9 @@ class Facts:
             vocabulary=config["vocab_size"],
             context_length=config["max_position_embeddings"],
             tied=bool(config.get("tie_word_embeddings", False)),
+            activation=config.get("hidden_act") or "silu",
+            rope=(config.get("rope_parameters") or {}).get("rope_type") or "default",
+            window=_window(config),
         )
 
     @property
@@ -146,3 +152,9 @@ class Facts:
     def parameters(self) -> int:
         """Number of weights in the matrices (norms and biases, under 0.1 %, left out)."""
         return sum(n * m for n, m in self.matrices.values())
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    window: int | None = config.get("sliding_window")
+    narrow = window is not None and config.get("use_sliding_window") is not False
+    return window if narrow and window < config["max_position_embeddings"] else None

@@ -13,7 +13,8 @@ from compress.encodings import EncodedTensor, Encoding, same_stored
 from compress.errors import Corrupt, RecipeError
 from compress.gate import Gate, GateResult, Sizes
 from compress.interfaces import Exporter, LanguageModel
-from compress.parity import decode_check
+from compress.parity import VERSION as PARITY_VERSION
+from compress.parity import decode_check, parity_checks
 from compress.provenance import facts
 from compress.recipe import ExportEntry
 from compress.record import ExportRecord, FileRecord, RunRecord
@@ -35,7 +36,7 @@ def export(bench: Workbench, entry: ExportEntry, final: Path, out: Path) -> Expo
     sizes = Sizes(sum(f.bytes for f in files), artifact.manifest(final)["bits_per_weight"])
     opened = exporter.open(out)
     try:
-        gate = _gate(bench, entry, opened, sizes, files)
+        gate = _gate(bench, entry, opened, sizes, files, final)
         runtime, compute = opened.runtime, opened.compute
     finally:
         opened.close()
@@ -110,9 +111,14 @@ def weights_exact(model: Model, exporter: Exporter, path: Path) -> bool:
 
 
 def _gate(
-    bench: Workbench, entry: ExportEntry, opened: LanguageModel, sizes: Sizes, files: Sequence[FileRecord]
+    bench: Workbench,
+    entry: ExportEntry,
+    opened: LanguageModel,
+    sizes: Sizes,
+    files: Sequence[FileRecord],
+    final: Path,
 ) -> GateResult:
-    """The release checks in the artifact's own runtime, through prefill and through decoding."""
+    """The release checks in the artifact's own runtime, through prefill and decoding, and against its torch model."""
     datasets = bench.evaluation()
     progress = bench.progress(f"gate {entry.exporter.name}")
 
@@ -121,13 +127,16 @@ def _gate(
         prefill = Gate(entry.gate).evaluate(
             opened, baseline, datasets, sizes=sizes, cache=bench.store, progress=progress, distrust=bench.distrust
         )
-        checks = [*prefill.checks, *decode_check(opened, datasets, progress)]
+        bench.close()
+        parity = parity_checks(opened, bench.model(final), datasets, progress)
+        checks = [*prefill.checks, *decode_check(opened, datasets, progress), *parity]
         return GateResult(verdict=combine([c.verdict for c in checks]), checks=checks).model_dump(mode="json")
 
     given = {
         "gate": describe_checks(entry.gate),
         "files": [[f.name, f.sha256] for f in files],
         "runtime": [opened.runtime, opened.compute],
+        "parity": [PARITY_VERSION, artifact.digest(final)],
         "baseline": artifact.digest(bench.baseline),
         "distrusted": bench.distrusted(entry.gate),
         **bench.conditions(*datasets),

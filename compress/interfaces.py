@@ -108,6 +108,14 @@ class Streaming(Protocol):
         """
 
 
+@runtime_checkable
+class Inspectable(Protocol):
+    """A language model that shows what its norms compute; asked for only where an artifact differs from its model."""
+
+    def norm_outputs(self, norms: Sequence[str], window: Sequence[int]) -> Sequence[Tensor]:
+        """Output of each norm, by its module's name, on one window: (len(window), width) float32 each."""
+
+
 class Plugin(BaseModel):
     """Base of every plug-in: frozen, strict, unknown keys refused."""
 
@@ -384,9 +392,13 @@ class Exporter(Plugin, ABC):
         """The types of the key-value cache that the files ask for; None for floats."""
         return None
 
-    def usage_of(self, cache: CacheRounding | None) -> Mapping[str, str]:
-        """`usage` for a model whose cache is rounded, or not."""
+    def usage_of(self, cache: CacheRounding | None = None) -> Mapping[str, str]:
+        """`usage` as far as these fields allow it, for a model whose cache is rounded, or not."""
         return self.usage
+
+    def refuses_together(self, encodings: Mapping[str, Encoding]) -> str | None:
+        """Why this format cannot hold tensors in these encodings, by name, in one model, or None."""
+        return None
 
     def check(self, facts: Facts) -> None:
         """Refuse, before weights load, an architecture this exporter cannot write; raises RecipeError."""

@@ -47,7 +47,7 @@ def _is_packed(config: Path) -> bool:
         found = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(found.get("quantization_config", {}).get("quant_method") == "compressed-tensors")
+    return found.get("quantization_config", {}).get("quant_method") in ("compressed-tensors", "gptq")
 
 
 def documents_of(source: str, length: int, documents: int | None, seed: int = 0) -> Documents:

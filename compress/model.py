@@ -312,6 +312,23 @@ class Model:
         return torch.stack(rows)
 
     @torch.inference_mode()
+    def norm_outputs(self, norms: Sequence[str], window: Sequence[int]) -> list[Tensor]:
+        """Output of each norm, by its module's name, on one window: (len(window), width) float32 each."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            return lambda module, inputs, output: found.update({name: output[0].float().clone()})
+
+        hooks = [self.module.get_submodule(name).register_forward_hook(keep(name)) for name in norms]
+        try:
+            with self._autocast():
+                self.module.base_model(input_ids=torch.tensor([list(window)]), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [found[name] for name in norms]
+
+    @torch.inference_mode()
     def stream(self, window: Sequence[int], prefill: int) -> Iterator[Tensor]:
         """Logits after the first `prefill` tokens at once, and after each further one, (vocabulary,) each."""
         cache = None

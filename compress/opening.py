@@ -37,7 +37,8 @@ def locate(spec: str, store: Store | None = None) -> Origin:
         return _of_run(spec, path, store or Store())
     if (path / artifact.MANIFEST).is_file() and not _ships(path):
         return Origin(spec, path, spec, "an artifact")
-    if path.is_dir() and not (path / "config.json").is_file() and [*path.glob("*.gguf"), *path.glob("*.onnx")]:
+    other = path.is_dir() and not (path / "config.json").is_file() and [*path.glob("*.gguf"), *path.glob("*.onnx")]
+    if other or (path / "model.onnx").is_file():
         raise RecipeError(f"{spec} is an export; give the model that it was made from: a run, an artifact or a source")
     return Origin(spec, None, spec, "a source model")
 

@@ -1,16 +1,185 @@
-"""Whether an artifact that decodes token by token computes what was gated in one pass over the prompt."""
+"""Whether an artifact's runtime computes what was gated: against the torch model, and against itself when it decodes.
+
+Deterministic properties of kernels and files, not estimates: no interval is due. Equal weights do not make equal
+logits, so what is allowed depends on how coarsely the runtime computes.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compress.decisions import compare
 from compress.gate import CheckResult
-from compress.interfaces import Documents, LanguageModel, Progress
+from compress.interfaces import Documents, Inspectable, LanguageModel, Progress
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.model import Model
+
+VERSION = 2
 DOCUMENTS = 12
 TOKENS = 64  # per document, enough to cross several attention blocks
+GENERATED, PROMPT = 64, 16  # tokens that the gated model writes, after so many of a document
 MARGIN = 0.01  # nats per token: kernels for one token and for many may round activations differently
+_UNIT = "standard deviations of a row of logits"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest mean and largest single difference of logits, in standard deviations of their row.
+
+    tokens: largest share of written tokens that differ. state: relative difference of the residual stream, in the
+    Frobenius norm, from which on a layer counts as differing.
+    """
+
+    mean: float
+    most: float
+    tokens: float
+    state: float
+
+
+# By what activations become before they are multiplied, or keys and values before they are cached.
+TOLERANCES = {
+    "float32": Tolerance(mean=1e-4, most=5e-3, tokens=0.02, state=1e-3),
+    "float16": Tolerance(mean=5e-3, most=0.2, tokens=0.05, state=0.02),
+    "bfloat16": Tolerance(mean=0.05, most=1.0, tokens=0.1, state=0.1),
+    "int8": Tolerance(mean=0.15, most=2.0, tokens=0.3, state=0.5),
+}
+
+
+def precision(*computes: str) -> str:
+    """The coarsest precision that descriptions of computing name.
+
+    >>> precision("Q4_0 + F32 weights, int8 + float32 activations, float16 cache", "float32 weights, float32 products")
+    'int8'
+    """
+    phrases = re.findall(r"([\w +]+) (?:activations|products|cache)", " ".join(f"{c}," for c in computes))
+    named = {word for phrase in phrases for word in re.split(r"[ +]+", phrase)}
+    return [kind for kind in TOLERANCES if kind in named][-1]
+
+
+def parity_checks(
+    opened: LanguageModel,
+    gated: Model,
+    datasets: Sequence[Documents],
+    progress: Progress = lambda label, fraction: None,
+) -> list[CheckResult]:
+    """An artifact in its runtime against the model that it was made from, on the first documents of each source.
+
+    Mean and largest difference of logits per source, and how many of the tokens that the gated model writes the
+    artifact would have written too. Where one fails, its definition says where the models part, if the runtime tells.
+    """
+    tolerance = TOLERANCES[precision(opened.compute, gated.compute)]
+    checks, worst = [], (-1.0, list[int]())
+    for data in datasets:
+        found = _differences(opened, gated, data, progress)
+        tokens = sum(len(window) for window, _, _ in found)
+        mean = sum(m * len(w) for w, m, _ in found) / tokens if tokens else float("nan")
+        largest = max((most for _, _, most in found), default=float("nan"))
+        worst = max([worst, *((m, w) for w, m, _ in found)], key=lambda pair: pair[0])
+        shown = len(found), tokens
+        checks += [
+            _check("parity", data, mean, tolerance.mean, *shown, "mean difference of logits from the gated model's"),
+            _check(
+                "parity_max",
+                data,
+                largest,
+                tolerance.most,
+                *shown,
+                "largest difference of logits from the gated model's",
+            ),
+        ]
+    if datasets:
+        checks.append(_written(opened, gated, datasets[0], tolerance.tokens))
+    if any(c.verdict != "PASS" for c in checks) and worst[1]:
+        where = _parting(opened, gated, worst[1], tolerance.state)
+        checks = [
+            c if c.verdict == "PASS" else c.model_copy(update={"definition": f"{c.definition} {where}"}) for c in checks
+        ]
+    return checks
+
+
+def _differences(
+    opened: LanguageModel, gated: Model, data: Documents, progress: Progress
+) -> list[tuple[list[int], float, float]]:
+    """Per document its window, and the mean and the largest difference of logits."""
+    windows = [window for _, text in data.documents[:DOCUMENTS] if (window := opened.encode(text)[:TOKENS])]
+    found = []
+    for i, window in enumerate(windows):
+        expected = next(gated.logits([window]))
+        difference = (next(opened.logits([window])) - expected).abs() / expected.std(dim=1, keepdim=True)
+        found.append((window, float(difference.mean()), float(difference.max())))
+        progress(f"parity on {data.source}", (i + 1) / len(windows))
+    return found
+
+
+def _written(opened: LanguageModel, gated: Model, data: Documents, margin: float) -> CheckResult:
+    """Tokens that the gated model writes greedily, each against the artifact's choice after the same beginning."""
+    same, total, prompts = 0, 0, 0
+    for _, text in data.documents[:DOCUMENTS]:
+        prompt = opened.encode(text)[:PROMPT]
+        if not prompt or total >= GENERATED:
+            continue
+        tokens = gated.generate(prompt, min(GENERATED - total, gated.context_length - len(prompt)))
+        choices = opened.decode_logits([*prompt, *tokens[:-1]])[len(prompt) - 1 :].argmax(dim=1).tolist()
+        same += sum(a == b for a, b in zip(tokens, choices, strict=True))
+        total, prompts = total + len(tokens), prompts + 1
+    share = 1 - same / total if total else float("nan")
+    meaning = "share of the tokens written by the gated model that the artifact, decoding, would not write"
+    return _check("parity_tokens", data, share, margin, prompts, total, meaning)
+
+
+def _check(
+    metric: str, data: Documents, loss: float, margin: float, examples: int, tokens: int, meaning: str
+) -> CheckResult:
+    written = metric == "parity_tokens"
+    return CheckResult(
+        metric=metric,
+        unit="share of tokens" if written else _UNIT,
+        source=data.source,
+        against="the gated model",
+        reference=0.0,
+        value=loss,
+        loss=loss,
+        lower=loss,
+        upper=loss,
+        margin=margin,
+        confidence=1.0,
+        examples=examples,
+        tokens=tokens,
+        verdict=compare(loss, loss, margin),
+        definition=f"{meaning}{'' if written else f', in {_UNIT}'}; deterministic, so without an interval.",
+    )
+
+
+def _parting(opened: LanguageModel, gated: Model, window: Sequence[int], tolerance: float) -> str:
+    """Where the two models part, from the outputs of all norms along the residual stream."""
+    if not isinstance(opened, Inspectable):
+        name = opened.runtime.partition(" ")[0]
+        return f"Where the two part is not known: {name} shows no intermediate outputs."
+    parts = gated.facts.architecture
+    norms, behind = list[str](), [parts.embedding]  # each norm, and the module whose output it is the first to see
+    for i in range(gated.facts.layers):
+        block = f"{parts.blocks}.{i}"
+        norms += [f"{block}.{name}" for name in parts.block_norms]
+        behind += [f"{block}.{parts.attention}", f"{block}.mlp"]
+    norms.append(parts.final_norm)
+    pairs = zip(gated.norm_outputs(norms, window), opened.norm_outputs(norms, window), strict=True)
+    for module, (expected, found) in zip(behind, pairs, strict=True):
+        difference = _relative(expected, found)
+        if not difference <= tolerance:
+            return (
+                f"The two part in {module}: its relative difference is {difference:.2g}, and {tolerance:g} is allowed."
+            )
+    return f"The two agree up to the last norm, and part in {parts.head}."
+
+
+def _relative(expected: Tensor, found: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 def decode_check(

@@ -232,6 +232,10 @@ def _check_exports(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
             for encoding, origin in encodings.items():
                 if reason := entry.exporter.refuses(encoding, name):
                     raise _refusal(recipe, path, f"{reason} (stored by {origin})")
+        # Where a tensor may end in several encodings, some attempt's may go together: writing judges those.
+        sure = {name: next(iter(found)) for name, found in possible.items() if len(found) == 1}
+        if reason := entry.exporter.refuses_together(sure):
+            raise _refusal(recipe, path, reason)
         for reason in _unrounded(recipe, shapes, entry.exporter):
             raise _refusal(recipe, path, reason)
 

@@ -126,12 +126,16 @@ def _require_new(folder: Path) -> None:
 
 def _require_encodings(model: Model, exporter: Exporter) -> None:
     """Refuse, before anything is written, tensors that the format cannot hold exactly."""
-    matrices = model.facts.matrices
+    matrices, encodings = model.facts.matrices, dict[str, Encoding]()
     for name, tensor in model.tensors():
         encoded = isinstance(tensor, EncodedTensor)
         encoding = tensor.encoding if isinstance(tensor, EncodedTensor) else Encoding("fp32")
-        if (encoded or name in matrices) and (reason := exporter.refuses(encoding, name)):
+        if encoded or name in matrices:
+            encodings[name] = encoding
+        if name in encodings and (reason := exporter.refuses(encoding, name)):
             raise RecipeError(f"export {exporter.name}: {reason}")
+    if reason := exporter.refuses_together(encodings):
+        raise RecipeError(f"export {exporter.name}: {reason}")
 
 
 def _hint(folder: Path, baseline: str, format: str) -> str:

@@ -1,7 +1,7 @@
 """Reading an exported ONNX folder back: every tensor in the model's own layout.
 
 A tensor `T` is stored as initializer `T` (floats, in the model's own layout) or as `T.codes`, `T.scales` and,
-asymmetric only, `T.zero_points`; the graph's metadata names its encoding.
+asymmetric only, `T.zero_points`; the graph's metadata names its encoding and the flavour of the graph.
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ if TYPE_CHECKING:
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 METADATA = "compress.encodings"
+FLAVOUR = "compress.flavour"
 INPUTS = "compress.inputs"
 MICROSOFT = "com.microsoft"  # domain of onnxruntime's own operators
 
 
 def record(
-    model: Any, tensors: Mapping[str, EncodedTensor | Tensor], inputs: Mapping[str, InputRounding] | None = None
+    model: Any,
+    tensors: Mapping[str, EncodedTensor | Tensor],
+    flavour: str,
+    inputs: Mapping[str, InputRounding] | None = None,
 ) -> None:
-    """Write the encoding of each tensor, in the model's order, and the rounding of inputs into the graph's metadata."""
+    """Write flavour, the encoding of each tensor in the model's order, and the rounding of inputs into the metadata."""
     kinds = {name: asdict(t.encoding) if isinstance(t, EncodedTensor) else None for name, t in tensors.items()}
     model.metadata_props[METADATA] = json.dumps(kinds, separators=(",", ":"))
+    model.metadata_props[FLAVOUR] = flavour
     if inputs:
         schemes = {name: rounding.scheme for name, rounding in inputs.items()}
         model.metadata_props[INPUTS] = json.dumps(schemes, separators=(",", ":"))
@@ -101,9 +106,10 @@ def _rounding(graph: Any, linear: str) -> InputRounding:
 
 def stored(model: Any) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
     """Every tensor of a loaded graph in the model's own layout."""
+    read = dequantized_tensor if model.metadata_props.get(FLAVOUR) == "portable" else affine_tensor
     for name, encoding in encodings(model).items():
         if encoding is not None and encoding.is_affine:
-            yield name, affine_tensor(model.graph, name, encoding)
+            yield name, read(model.graph, name, encoding)
         elif encoding is not None:
             yield name, EncodedTensor(encoding, held_tensor(model.graph, name))
         else:
@@ -125,6 +131,29 @@ def affine_tensor(graph: Any, name: str, encoding: Encoding) -> EncodedTensor:
     return unpacked(name, Packed(bits, block, codes, scales, zeros), encoding)
 
 
+def dequantized_tensor(graph: Any, name: str, encoding: Encoding) -> EncodedTensor:
+    """One tensor as DequantizeLinear reads it; Corrupt where a node would read it otherwise."""
+    import torch
+
+    codes, scales = held_tensor(graph, f"{name}.codes"), held_tensor(graph, f"{name}.scales")
+    zeros = held_tensor(graph, f"{name}.zero_points") if f"{name}.zero_points" in graph.initializers else None
+    if codes.ndim != 2 or scales.ndim != 2 or len(codes) != len(scales) or codes.shape[1] % scales.shape[1]:
+        raise Corrupt(f"{name}: codes {tuple(codes.shape)} do not fit scales {tuple(scales.shape)}")
+    block = codes.shape[1] // scales.shape[1]
+    for node in graph.initializers[f"{name}.codes"].consumers():
+        names = [f"{name}.codes", f"{name}.scales.float32", *([] if zeros is None else [f"{name}.zero_points"])]
+        form = node.op_type, node.domain, [value.name for value in node.inputs]
+        where = node.attributes["axis"].as_int(), node.attributes["block_size"].as_int()
+        cast = node.inputs[1].producer()
+        if form != ("DequantizeLinear", "", names) or where != (1, block) or cast.inputs[0].name != f"{name}.scales":
+            raise Corrupt(f"{name}: {node.name} does not read {encoding} in blocks of {block}")
+    low, high = encoding.code_range
+    kind = torch.int8 if encoding.symmetric else torch.uint8
+    if (zeros is None) != encoding.symmetric or codes.dtype != kind or codes.min() < low or codes.max() > high:
+        raise Corrupt(f"{name}: stored codes or zero points do not fit {encoding}")
+    return EncodedTensor(encoding, codes, scales, zeros)
+
+
 def _readers(graph: Any, initializer: str) -> Iterator[Any]:
     """The quantized operators that compute with an initializer, seen through reshapes."""
     for node in graph.initializers[initializer].consumers():
@@ -142,4 +171,16 @@ def held_tensor(graph: Any, initializer: str) -> Tensor:
     array = graph.initializers[initializer].const_value.numpy()
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
+    if array.dtype.name in ("int4", "uint4"):  # a byte each, once read
+        return torch.from_numpy(array.astype(array.dtype.name.replace("4", "8")))
     return torch.from_numpy(array.copy())
+
+
+def norm_output(model: Any, module: str) -> str:
+    """Name of the value that a norm computes, in an onnx.ModelProto; raises Corrupt where there is none."""
+    gains = {f"{module}.weight", f"{module}.weight.float32"}
+    for node in model.graph.node:
+        if node.op_type != "Cast" and gains & set(node.input):
+            found: str = node.output[0]
+            return found
+    raise Corrupt(f"the ONNX graph has no norm {module!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,15 +61,14 @@ class Shapes:
 class OnnxModel:
     """`LanguageModel` over an onnxruntime session on the CPU, in float32 outside the weight products."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, graph: Any):
         import onnxruntime
 
-        self._shapes = Shapes.read(folder / CONFIG)
+        self._shapes = self._read_shapes(folder)
         self._tokenizer = _tokenizer(folder / TOKENIZER)
         self._folder = folder
-        graph = _onnx_file.load(folder)
         started = time.perf_counter()
-        self._session = _session(folder / _onnx_file.GRAPH)
+        self._session = _session(folder / _onnx_file.GRAPH, self._settings)
         self.load_seconds = time.perf_counter() - started
         self.vocabulary_size = self._shapes.vocabulary
         self.context_length = self._shapes.context_length
@@ -77,6 +76,11 @@ class OnnxModel:
         self.digest = folder_digest(folder)
         self.runtime = f"onnxruntime {onnxruntime.__version__} (CPUExecutionProvider)"
         self.compute = _compute(graph)
+
+    _settings: Mapping[str, str] = {}  # entries of the session's configuration
+
+    def _read_shapes(self, folder: Path) -> Shapes:
+        return Shapes.read(folder / CONFIG)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added before or after."""
@@ -164,6 +168,22 @@ class OnnxModel:
             last = cache.step(self._ids(tokens[-1:]))[-1]
         return tokens
 
+    def norm_outputs(self, norms: Sequence[str], window: Sequence[int]) -> list[Tensor]:
+        """Output of each norm on one window, (len(window), width) each, by a second session of the same graph."""
+        import onnx
+        import torch
+
+        graph = onnx.load(self._folder / _onnx_file.GRAPH, load_external_data=False)
+        names = [_onnx_file.norm_output(graph, norm) for norm in norms]
+        graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+        beside = {"session.model_external_initializers_file_folder_path": str(self._folder)}
+        shipped, self._session = self._session, _session(graph.SerializeToString(), {**self._settings, **beside})
+        try:
+            found = self._session.run(names, self._feed([window]))
+        finally:
+            self._session = shipped
+        return [torch.from_numpy(array[0]) for array in found]
+
     def close(self) -> None:
         """Release the session and its weights."""
         del self._session
@@ -181,6 +201,19 @@ class OnnxModel:
 
     def _prefill(self, batch: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits (windows, longest, vocabulary) of windows that start with an empty cache."""
+        logits: np.ndarray = self._session.run(["logits"], self._feed(batch))[0]
+        return logits
+
+    def _feed(self, batch: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """All inputs: windows padded on the right, and an empty cache."""
+        import numpy as np
+
+        shape = (len(batch), self._shapes.kv_heads, 0, self._shapes.head_size)
+        empty = {name: np.zeros(shape, np.float32) for name, _ in _cache_names(self._shapes.layers)}
+        return {**self._padded(batch), **empty}
+
+    def _padded(self, batch: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """Token ids and mask of windows, padded on the right."""
         import numpy as np
 
         ids = np.zeros((len(batch), max(map(len, batch))), dtype=np.int64)
@@ -188,10 +221,7 @@ class OnnxModel:
         for row, window in enumerate(batch):
             ids[row, : len(window)] = self._ids(window)
             mask[row, : len(window)] = 1
-        shape = (len(batch), self._shapes.kv_heads, 0, self._shapes.head_size)
-        feed = {name: np.zeros(shape, np.float32) for name, _ in _cache_names(self._shapes.layers)}
-        logits: np.ndarray = self._session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **feed})[0]
-        return logits
+        return {"input_ids": ids, "attention_mask": mask}
 
 
 class _Cache:
@@ -235,17 +265,21 @@ def _cache_names(layers: int) -> Iterator[tuple[str, str]]:
             yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
 
 
-def _session(path: Path) -> Any:
+def _session(graph: Path | bytes, settings: Mapping[str, str]) -> Any:
     import onnxruntime
     import torch
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # as many as the models that it is compared with
     options.log_severity_level = 3  # errors reach us as exceptions
+    for key, value in settings.items():
+        options.add_session_config_entry(key, value)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        source = graph if isinstance(graph, bytes) else str(graph)
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a class per status code, without a common base
-        raise Corrupt(f"{path}: onnxruntime cannot load it: {error}") from error
+        name = "a graph with more outputs" if isinstance(graph, bytes) else graph
+        raise Corrupt(f"{name}: onnxruntime cannot load it: {error}") from error
 
 
 def _tokenizer(path: Path) -> Any:

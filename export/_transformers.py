@@ -1,17 +1,19 @@
-"""Checkpoints opened by transformers itself, as a language model to gate."""
+"""Checkpoints opened by transformers itself, or decoded for it, as a language model to gate."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import compressed_tensors
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt
 from compress.model import Model
 
@@ -53,4 +55,34 @@ def open_checkpoint(path: Path) -> TransformersModel:
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
     kinds = sorted({f"int{g['weights']['num_bits']}" for g in groups})
     model.kinds = " + ".join([*kinds, "float32"])
+    return model
+
+
+class DecodedModel(Model):
+    """A model in torch whose weights were decoded from the words of a GPTQ checkpoint."""
+
+    @property
+    def runtime(self) -> str:
+        """torch; the kernels of GPTQModel or vLLM have not run."""
+        return f"torch {torch.__version__} (gptq's layout decoded by compress; no kernel of GPTQModel's)"
+
+
+def open_decoded(path: Path, tensors: Mapping[str, EncodedTensor | torch.Tensor]) -> DecodedModel:
+    """A model of a folder's config, with these tensors; raises Corrupt where they are not just its own."""
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        del config.quantization_config
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        module.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model = DecodedModel(module, tokenizer, name=path.name)
+        if odd := dict(module.named_parameters()).keys() ^ tensors.keys():
+            raise ValueError(f"{min(odd)} is not in both file and model")
+        for name, tensor in tensors.items():
+            held = tensor if isinstance(tensor, EncodedTensor) else EncodedTensor(Encoding("fp32"), tensor)
+            model.store(name, held)
+            if not isinstance(tensor, EncodedTensor):
+                del model.encoded[name]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise Corrupt(f"{path}: it cannot be opened ({str(error).splitlines()[0]})") from error
     return model

@@ -1,4 +1,4 @@
-"""Checkpoints for transformers and vLLM: codes and scales packed as compressed-tensors defines, never rounded again."""
+"""Checkpoints for transformers and vLLM: codes and scales as compressed-tensors or GPTQ pack them, never rounded."""
 
 from __future__ import annotations
 
@@ -12,22 +12,30 @@ from compress.architectures import Facts
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
 from compress.interfaces import Exporter, LanguageModel
+from export import _gptq
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.model import Model
+    from compress.rounding import CacheRounding
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_GPTQ_USAGE = {
+    "transformers": 'transformers.AutoModelForCausalLM.from_pretrained("FOLDER")  # with gptqmodel and optimum',
+    "GPTQModel": 'gptqmodel.GPTQModel.load("FOLDER")',
+}
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 
 
 class Checkpoint(Exporter):
-    """A folder for `AutoModelForCausalLM.from_pretrained`, with compressed-tensors installed.
+    """A folder for `AutoModelForCausalLM.from_pretrained`; format: whose packing it has.
 
-    Linears hold symmetric integer codes of 2 to 8 bits, per group or channel; scales are kept as float32, of
-    which our float16 scales are exact members, because the library multiplies in the scales' type. Embeddings are
-    floats: transformers opens no coded ones.
+    Linears hold symmetric integer codes, per group or channel; embeddings are floats: transformers opens no coded ones.
+    compressed-tensors (opened with that package): 2 to 8 bits, also mixed; scales are kept as float32, of which our
+    float16 scales are exact members, because the library multiplies in the scales' type.
+    gptq (for GPTQModel, vLLM and others): 2, 4 or 8 bits, one encoding for all linears. The gate decodes the file's own
+    words and computes in torch; GPTQModel is not asked.
     """
 
     name: ClassVar[str] = "checkpoint"
@@ -38,12 +46,21 @@ class Checkpoint(Exporter):
         "vLLM": "vllm serve FOLDER",
     }
 
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
+
+    def usage_of(self, cache: CacheRounding | None = None) -> Mapping[str, str]:
+        """GPTQ's layout is opened by transformers with gptqmodel and optimum."""
+        return {**self.usage, **_GPTQ_USAGE} if self.format == "gptq" else self.usage
 
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
         """Codebooks, llama.cpp's blocks, zero points, and codes of anything but the linears of the blocks."""
         if encoding.is_coded and not encoding.is_affine:
-            return f"{tensor}: compressed-tensors packs integer codes, not {encoding.name}; use int4"
+            return f"{tensor}: {self.format} packs integer codes, not {encoding.name}; use int4"
+        if self.format == "gptq" and ".layers." in tensor and tensor.endswith("_proj.weight"):
+            if not encoding.is_coded or encoding.bits not in _gptq.WIDTHS:
+                return f"{tensor}: gptq stores every linear in 2, 4 or 8 bits, not {encoding}; use int4 or int8"
+            if not encoding.symmetric:
+                return f"{tensor}: gptq stores zero points less one, and has no place for 0; use symmetric: true"
         if not encoding.symmetric:
             # Its layout for loading has unpacked zero points; transformers puts random ones there.
             return f"{tensor}: transformers cannot open compressed-tensors' packed zero points; use symmetric: true"
@@ -51,9 +68,25 @@ class Checkpoint(Exporter):
             return f"{tensor}: transformers opens no coded embedding or head; use embeddings: fp16"
         return None
 
+    def refuses_together(self, encodings: Mapping[str, Encoding]) -> str | None:
+        """More than one encoding of linears, in gptq's layout."""
+        coded = {encoding: name for name, encoding in encodings.items() if encoding.is_coded}
+        if self.format != "gptq" or len(coded) < 2:
+            return None
+        (one, a), (other, b) = list(coded.items())[:2]
+        return f"gptq has one encoding for all linears, and {a} is {one}, {b} {other}; use format: compressed-tensors"
+
     def check(self, facts: Facts) -> None:
-        """Refuse where compressed-tensors is missing."""
-        _require_package()
+        """Refuse where compressed-tensors is missing, and shapes that fill no words of gptq's layout."""
+        if self.format == "compressed-tensors":
+            _require_package()
+            return
+        for name, (n, m) in facts.linears.items():
+            if n % _gptq.WORDS or m % _gptq.WORDS:
+                raise RecipeError(
+                    f"checkpoint: gptq packs multiples of {_gptq.WORDS} channels, and {name} has {m} inputs and {n} "
+                    "outputs; use format: compressed-tensors"
+                )
 
     def write(self, model: Model, out: Path) -> None:
         """Write model.safetensors, config.json and the tokenizer into the empty folder `out`."""
@@ -72,31 +105,42 @@ class Checkpoint(Exporter):
             else:
                 module = name.removesuffix(".weight")
                 schemes.setdefault(tensor.encoding, []).append(module)
-                tensors |= {f"{module}{suffix}": part for suffix, part in _packed(tensor).items()}
+                tensors |= {f"{module}{suffix}": part for suffix, part in self._packed(tensor).items()}
+        if reason := self.refuses_together({modules[0]: encoding for encoding, modules in schemes.items()}):
+            raise RecipeError(f"checkpoint: {reason}")
         out.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
         config = {**model.module.config.to_dict(), "architectures": [type(model.module).__name__], "dtype": "float32"}
-        if schemes:
+        if schemes and self.format == "gptq":
+            config["quantization_config"] = _gptq.config(next(iter(schemes)))
+            text = json.dumps(config["quantization_config"], indent=2, sort_keys=True) + "\n"
+            (out / _gptq.CONFIG).write_text(text, encoding="utf-8")
+        elif schemes:
             config["quantization_config"] = _quantization_config(schemes)
         (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         model.module.generation_config.to_json_file(out / "generation_config.json")
         model.tokenizer.save_pretrained(out)
 
     def open(self, path: Path) -> LanguageModel:
-        """Open a folder as its users do, through transformers and compressed-tensors."""
-        _require_package()
-        from export._transformers import open_checkpoint
+        """Open a folder through transformers and compressed-tensors, or decode gptq's layout for torch."""
+        from export._transformers import open_checkpoint, open_decoded
 
+        if _is_gptq(path):
+            return open_decoded(path, dict(self.stored(path)))
+        _require_package()
         return open_checkpoint(path)
 
     def stored(self, path: Path) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
         """Every tensor, read back from the file's bytes."""
-        import torch
         from safetensors.torch import load_file
 
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        encodings = {module: e for e, modules in _encodings(config).items() for module in modules}
         tensors = load_file(path / WEIGHTS)
+        if _is_gptq(path):
+            for name, held in _gptq.stored(tensors, _gptq.encoding_of(path, config)):
+                yield name, held if isinstance(held, EncodedTensor) else _float(held)
+            return
+        encodings = {module: e for e, modules in _encodings(config).items() for module in modules}
         for name, tensor in tensors.items():
             module = name.rpartition(".")[0]
             if name.endswith(_PACKED):
@@ -104,8 +148,28 @@ class Checkpoint(Exporter):
                     raise Corrupt(f"{path}: {module} is packed, and {CONFIG} does not say how")
                 yield f"{module}.weight", _unpacked(tensors, module, encodings[module])
             elif not name.endswith((_SCALE, _SHAPE)):
-                half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(tensor.dtype)
-                yield name, EncodedTensor(Encoding(half), tensor) if half else tensor
+                yield name, _float(tensor)
+
+    def _packed(self, tensor: EncodedTensor) -> dict[str, Tensor]:
+        if self.format == "gptq":
+            return {f".{part}": value for part, value in _gptq.pack(tensor).items()}
+        return _packed(tensor)
+
+
+def _float(tensor: Tensor) -> EncodedTensor | Tensor:
+    """A stored float tensor under the encoding that its type stands for."""
+    import torch
+
+    half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(tensor.dtype)
+    return EncodedTensor(Encoding(half), tensor) if half else tensor
+
+
+def _is_gptq(path: Path) -> bool:
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        return bool(config.get("quantization_config", {}).get("quant_method") == "gptq")
+    except (OSError, ValueError, AttributeError):
+        return False  # whoever opens it says what is wrong
 
 
 def _require_package() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress import ggml_mixes
 from compress.architectures import ARCHITECTURES, Facts
 from compress.encodings import GGML_BLOCKS, EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
@@ -48,7 +49,7 @@ DIALECTS = {
     "qwen3": Dialect("qwen3", interleaved=False),
 }
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # the way back
-_UNQUANTIZED = {"F32", "F16", "BF16"}
+_FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _FILE_TYPES = {
     "F32": "ALL_F32",
     "MXFP4": "MOSTLY_MXFP4_MOE",  # llama.cpp knows it from mixtures of experts
@@ -98,7 +99,7 @@ class Gguf(Exporter):
 
         return _gguf_cache.types({key: f.contents() for key, f in _llama_cpp.read(path).fields.items()})
 
-    def usage_of(self, cache: CacheRounding | None) -> Mapping[str, str]:
+    def usage_of(self, cache: CacheRounding | None = None) -> Mapping[str, str]:
         """The lines that load the file, with the options for its cache."""
         return self.usage if cache is None else _gguf_cache.usage(cache)
 
@@ -107,10 +108,18 @@ class Gguf(Exporter):
         return None
 
     def check(self, facts: Facts) -> None:
-        """Refuse an architecture without a dialect, and a missing runtime; raises RecipeError."""
+        """Refuse what llama.cpp would compute differently, and a missing runtime; raises RecipeError."""
         kind = facts.architecture.model_type
         if kind not in DIALECTS:
             raise RecipeError(f"gguf cannot write architecture {kind!r}; known: {', '.join(DIALECTS)}")
+        if facts.rope != "default":
+            raise RecipeError(f"gguf: rope scaling {facts.rope!r} is not written yet; export to onnx instead")
+        if facts.activation != "silu":
+            raise RecipeError(f"gguf: llama.cpp computes silu here, not {facts.activation!r}; export to onnx")
+        if facts.window is not None:
+            raise RecipeError(
+                f"gguf: a sliding window of {facts.window} tokens is not written yet; export to onnx instead"
+            )
         queries, hidden = facts.sizes["q"], facts.sizes["residual"]
         if DIALECTS[kind].square and queries != hidden:
             raise RecipeError(
@@ -183,12 +192,13 @@ class Gguf(Exporter):
             yield name, _reordered(name, held, DIALECTS[kind], heads, kv_heads, back=True)
 
     def _add_tensors(self, writer: Any, model: Model, dialect: Dialect) -> None:
-        """Add every tensor in its block type, then the type that most weights have."""
+        """Add every tensor in its block type, then llama.cpp's name of the mix, or the type that most weights have."""
         import gguf
 
         facts = model.facts
         names = _names(facts.architecture.model_type, facts.layers)
         weights: Counter[str] = Counter()
+        kinds: dict[str, str] = {}
         for name, tensor in model.tensors():
             if name not in names:
                 raise RecipeError(f"gguf: {dialect.name} has no tensor for {name}; export to onnx instead")
@@ -197,23 +207,20 @@ class Gguf(Exporter):
             tensor = _reordered(name, tensor, dialect, facts.heads, facts.kv_heads, back=False)
             kind, data = _to_file(tensor, name)
             weights[kind] += tensor.numel() if not isinstance(tensor, EncodedTensor) else math.prod(tensor.shape)
+            if name in facts.matrices:
+                kinds[name] = _FLOATS.get(kind, kind.lower())
             writer.add_tensor(names[name], data, raw_dtype=gguf.GGMLQuantizationType[kind])
         majority = weights.most_common(1)[0][0]
-        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES.get(majority, f"MOSTLY_{majority}")])
-        if weights.keys() - _UNQUANTIZED:
+        preset = ggml_mixes.recognized(kinds, facts)
+        named = f"MOSTLY_{preset}" if preset else _FILE_TYPES.get(majority, f"MOSTLY_{majority}")
+        writer.add_file_type(gguf.LlamaFileType[named])
+        if weights.keys() - _FLOATS.keys():
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def _add_shape(writer: Any, config: Mapping[str, Any], facts: Facts) -> None:
-    """The keys from which llama.cpp builds the network; refuses what it would compute differently."""
+    """The keys from which llama.cpp builds the network."""
     rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise RecipeError(f"gguf: rope scaling {rope['rope_type']!r} is not written yet; export to onnx instead")
-    if config.get("hidden_act") != "silu":
-        raise RecipeError(f"gguf: llama.cpp computes silu here, not {config.get('hidden_act')!r}; export to onnx")
-    window = config.get("sliding_window")
-    if window is not None and config.get("use_sliding_window", True) and window < facts.context_length:
-        raise RecipeError(f"gguf: a sliding window of {window} tokens is not written yet; export to onnx instead")
     writer.add_context_length(facts.context_length)
     writer.add_embedding_length(facts.sizes["residual"])
     writer.add_block_count(facts.layers)

@@ -1,8 +1,11 @@
-"""ONNX: a folder for onnxruntime and onnxruntime-genai, with key-value cache, holding a model's very codes.
+"""ONNX: a folder for onnxruntime, holding a model's very codes, in two flavours.
 
-The graph is onnxruntime-genai's; every weight in it is replaced by ours (see `_onnx_graph`). int8 to int2
-become MatMulNBits and GatherBlockQuantized (int5 in 8 bits, int3 in 4; groups that are no kernel block by
-repeating scales), fp16 and bf16 are stored as such and widened when the file is loaded.
+genai, for onnxruntime-genai too, with a key-value cache: the graph is onnxruntime-genai's, and every weight in it is
+replaced by ours (see `_onnx_graph`). int8 to int2 become MatMulNBits and GatherBlockQuantized (int5 in 8 bits, int3
+in 4; groups that are no kernel block by repeating scales).
+portable, for any runtime of ONNX: our own graph of standard operators (see `_onnx_portable`), without a cache. Codes
+stand before DequantizeLinear (int5 in 8 bits, int3 and int2 in 4, groups of any size).
+In both, fp16 and bf16 are stored as such and widened when the file is loaded.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, RecipeError, ResourceExhausted, disk_full
 from compress.interfaces import Exporter, LanguageModel
-from compress.rounding import InputRounding
+from compress.rounding import CacheRounding, InputRounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +40,10 @@ PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 
 
 class Onnx(Exporter):
-    """Export to ONNX. activations: precision of the inputs of weight products in the shipped graph.
+    """Export to ONNX. flavour: "genai" (onnxruntime's own operators, with a cache) or "portable" (standard ones).
 
-    "float32" reproduces the model's logits up to rounding; "int8" decodes faster and differs measurably.
+    activations: precision of the inputs of weight products in the shipped graph. "float32" reproduces the model's
+    logits up to rounding; "int8" (genai alone) decodes faster and differs measurably.
     """
 
     name: ClassVar[str] = "onnx"
@@ -48,12 +54,27 @@ class Onnx(Exporter):
         "onnxruntime": 'onnxruntime.InferenceSession("FOLDER/model.onnx")',
     }
 
+    flavour: Literal["genai", "portable"] = "genai"
     activations: Literal["float32", "int8"] = "float32"
 
+    @model_validator(mode="after")
+    def _no_operator(self) -> Onnx:
+        if self.flavour == "portable" and self.activations == "int8":
+            raise ValueError("no standard operator rounds activations to 8 bits by itself; use flavour: genai")
+        return self
+
+    def usage_of(self, cache: CacheRounding | None = None) -> Mapping[str, str]:
+        """onnxruntime-genai wants its own operators, and a cache."""
+        return {"onnxruntime": self.usage["onnxruntime"]} if self.flavour == "portable" else self.usage
+
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
-        """Codebooks, and groups that no kernel block of 16 to 128 channels divides."""
+        """Codebooks; for genai, groups that no kernel block of 16 to 128 channels divides, too."""
         from export._onnx_packing import BLOCKS, block_size
 
+        if self.flavour == "portable":
+            if encoding.is_codebook or encoding.is_block:
+                return f"{tensor}: DequantizeLinear takes integer codes, not {encoding.name}; use int4"
+            return None
         if encoding.is_codebook or encoding.is_block:
             # There is MatMulBnb4 for nf4, with float32 scales, and nothing to gather an embedding with.
             return f"{tensor}: MatMulNBits and GatherBlockQuantized hold integer codes, not {encoding.name}; use int4"
@@ -65,7 +86,12 @@ class Onnx(Exporter):
         return None
 
     def refuses_inputs(self, rounding: InputRounding, encoding: Encoding, linear: str) -> str | None:
-        """Rounding within blocks, and weights without one scale per row: products of integers need both."""
+        """Rounding within blocks, and weights without one scale per row: products of integers need both.
+
+        Of the portable flavour all: it computes with floats.
+        """
+        if self.flavour == "portable":
+            return f"{linear}: standard operators compute with floats, and the gated model has {rounding}; use genai"
         if rounding.scheme == "block":
             return (
                 f"{linear}: onnxruntime keeps float32 scales of blocks of inputs, and the gated model float16 ones; "
@@ -78,8 +104,11 @@ class Onnx(Exporter):
         return None
 
     def check(self, facts: Facts) -> None:
-        """Refuse shapes that the builder or the runtime gets wrong, and a missing runtime."""
-        _require_packages()
+        """Refuse what the builder, the runtime or our graph gets wrong, and a missing runtime."""
+        _require_packages(self.flavour)
+        if self.flavour == "portable":
+            _check_portable(facts)
+            return
         if alike := [name for name, (n, _) in facts.linears.items() if n == facts.vocabulary]:
             # The builder recognizes the head by its outputs alone, and would build a wrong graph silently.
             raise RecipeError(
@@ -101,10 +130,13 @@ class Onnx(Exporter):
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise RecipeError(f"{out} is not empty")
+        if self.flavour == "portable":
+            _write_portable(model, out)
+            return
         with tempfile.TemporaryDirectory(prefix="compress-onnx-") as temporary:
             skeleton, built = Path(temporary) / "skeleton", Path(temporary) / "built"
-            _save_skeleton(model, skeleton)
-            _build(skeleton, built)
+            save_skeleton(model, skeleton)
+            build(skeleton, built, "fp32", "fuse_qkv=false", "shared_embeddings=false")
             self._write_graph(model, built, out)
             _write_config(model, built, out)
         _write_tokenizer(model, out)
@@ -124,20 +156,24 @@ class Onnx(Exporter):
         level = INT8_ACTIVATIONS if self.activations == "int8" else FLOAT_ACTIVATIONS
         Surgeon(graph.graph, tensors, aliases, level, model.inputs).replace_all()
         standardize(graph)
-        record(graph, tensors, model.inputs)
+        record(graph, tensors, self.flavour, model.inputs)
         ir.save(graph, out / GRAPH, external_data=DATA, size_threshold_bytes=0)
         onnx.checker.check_model(str(out / GRAPH))
 
     def open(self, path: Path) -> LanguageModel:
-        """Open an exported folder in onnxruntime."""
-        _require_packages()
+        """Open an exported folder of either flavour in onnxruntime."""
+        _require_packages("portable")
+        from export import _onnx_file
         from export._onnxruntime import OnnxModel
+        from export._onnxruntime_portable import PortableModel
 
-        return OnnxModel(path)
+        graph = _onnx_file.load(path)
+        portable = graph.metadata_props.get(_onnx_file.FLAVOUR) == "portable"
+        return PortableModel(path, graph) if portable else OnnxModel(path, graph)
 
     def stored(self, path: Path) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
         """Every tensor read back from model.onnx and its data."""
-        _require_packages()
+        _require_packages("portable")
         from export import _onnx_file
 
         yield from _onnx_file.stored(_onnx_file.load(path))
@@ -149,13 +185,46 @@ class Onnx(Exporter):
         return _onnx_file.inputs(_onnx_file.load(path))
 
 
-def _require_packages() -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+def _require_packages(flavour: str) -> None:
+    needed = PACKAGES if flavour == "genai" else PACKAGES[:3]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(f"onnx needs {', '.join(missing)}: pip install 'compress-toolkit[onnx]'")
 
 
-def _save_skeleton(model: Model, folder: Path) -> None:
+def _check_portable(facts: Facts) -> None:
+    """Refuse what our graph does not compute; raises RecipeError."""
+    from export._onnx_portable import ROPES
+
+    if facts.rope not in ROPES:
+        raise RecipeError(
+            f"onnx portable: rope scaling {facts.rope!r} depends on the length; known: {', '.join(ROPES)}"
+        )
+    if facts.activation != "silu":
+        raise RecipeError(f"onnx portable computes silu, not {facts.activation!r}; use flavour: genai")
+    if facts.window is not None:
+        raise RecipeError(f"onnx portable has no sliding window, and here it is {facts.window}; use flavour: genai")
+
+
+def _write_portable(model: Model, out: Path) -> None:
+    """Our own graph, checked with all its shapes, and what transformers calls the model's config."""
+    import onnx
+    import onnx_ir as ir
+
+    from export._onnx_file import DATA, GRAPH, record
+    from export._onnx_portable import build
+
+    graph = build(model)
+    record(graph, dict(model.tensors()), "portable")
+    ir.save(graph, out / GRAPH, external_data=DATA, size_threshold_bytes=0)
+    onnx.checker.check_model(str(out / GRAPH), full_check=True)
+    config = {**model.module.config.to_dict(), "architectures": [type(model.module).__name__]}
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    model.module.generation_config.to_json_file(out / "generation_config.json")
+    _write_tokenizer(model, out)
+
+
+def save_skeleton(model: Model, folder: Path) -> None:
     """The model in transformers' format, for the builder to read its shape from.
 
     Its values are all replaced later. Biases are ones, because the builder leaves out biases of zeros.
@@ -177,12 +246,11 @@ def _save_skeleton(model: Model, folder: Path) -> None:
     model.tokenizer.save_pretrained(folder)
 
 
-def _build(skeleton: Path, built: Path) -> None:
-    """Run onnxruntime-genai's builder: float32, CPU, one matrix product per linear.
+def build(skeleton: Path, built: Path, precision: str, *options: str) -> None:
+    """Run onnxruntime-genai's builder for the CPU, with its extra options NAME=VALUE.
 
     In a process of its own: it prints, extends sys.path by generic names, and holds the weights twice.
     """
-    options = ["fuse_qkv=false", "shared_embeddings=false", "hf_token=false"]
     command = [
         sys.executable,
         "-P",
@@ -193,7 +261,8 @@ def _build(skeleton: Path, built: Path) -> None:
         "-o",
         str(built),
     ]
-    command += ["-p", "fp32", "-e", "cpu", "-c", str(skeleton / "cache"), "--extra_options", *options]
+    command += ["-p", precision, "-e", "cpu", "-c", str(skeleton / "cache")]
+    command += ["--extra_options", "hf_token=false", *options]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
     log.debug("onnxruntime-genai builder: %s%s", done.stdout, done.stderr)

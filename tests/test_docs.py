@@ -136,7 +136,8 @@ def test_a_recipe_runs_with_an_installed_step_evaluator_and_exporter(place, mine
     (check,) = step.gate.checks
     assert step.notes == ["clipped 14 linears at 3.0 standard deviations"] and step.name == "mine.clip"
     assert (check.metric, check.verdict) == ("disagreement", "PASS") and 0 < check.loss < 0.3 and check.examples >= 50
-    assert {c.metric for c in record.exports[0].gate.checks} == {"disagreement", "divergence", "decode"}
+    parity = {"decode", "parity", "parity_max", "parity_tokens"}
+    assert {c.metric for c in record.exports[0].gate.checks} == {"disagreement", "divergence", *parity}
     assert verify.verify(folder)
     reopened = compress.load(str(folder / "artifacts" / "plain"))
     assert reopened.digest == compress.load(folder).digest != compress.load("my-model").digest

@@ -14,7 +14,7 @@ LAYERS = [
     ("compress.encodings", "compress.architectures", "compress.rounding"),
     ("compress.attention",),
     ("compress.storage", "compress.streaming"),
-    ("compress.model", "compress.source", "compress.permutation"),
+    ("compress.model", "compress.source", "compress.permutation", "compress.ggml_mixes"),
     ("compress.data", "compress.artifact", "compress.blocks", "compress.lineage"),
     ("compress.interfaces",),
     ("compress.plugin",),

@@ -215,6 +215,20 @@ def test_an_exporter_judges_the_architecture() -> None:
     assert "40" in message
 
 
+def test_an_exporter_judges_encodings_together() -> None:
+    step = '  - quantize.rtn: {group_size: 32, embeddings: fp16, keep: {"*.down_proj": KIND}}\n'
+    export = "export:\n  - checkpoint: {format: gptq}\n"
+    message = refusal(recipe(step.replace("KIND", "int8"), export=export))
+    assert "export[0] checkpoint: gptq has one encoding for all linears" in message and "int8 g32" in message
+    assert refusals.check(recipe(step.replace("KIND", "int4"), export=export), SMOL) == []
+
+
+def test_a_mix_of_llama_cpps_needs_a_fallback_where_its_blocks_do_not_divide() -> None:
+    message = refusal(recipe("  - quantize.ggml: {preset: Q4_K_M}\n"))
+    assert "q_proj.weight has 576 input channels, which q4_k's blocks of 256 do not divide" in message
+    assert refusals.check(recipe("  - quantize.ggml: {preset: Q4_K_M, fallback: llama.cpp}\n"), SMOL) == []
+
+
 def test_windows_must_fit_the_context() -> None:
     short = Facts.from_config(CONFIG | {"max_position_embeddings": 256})
     message = refusal(recipe("  - quantize.rtn: {}\n"), short)

@@ -68,7 +68,8 @@ def test_a_run_rejects_accepts_exports_and_is_re_used(place, store, tmp_path):
     assert len(step.layer_errors) == 14 and all(0 < e < 0.01 for e in step.layer_errors.values())
     assert len(step.encodings) == 16 and set(step.encodings.values()) == {"int8 g32"}
     (export,) = record.exports
-    assert export.weights_exact and {c.metric for c in export.gate.checks} == {"perplexity", "divergence", "decode"}
+    parity = {"decode", "parity", "parity_max", "parity_tokens"}
+    assert export.weights_exact and {c.metric for c in export.gate.checks} == {"perplexity", "divergence", *parity}
     for file in export.files:
         assert (folder / export.path / file.name).stat().st_size == file.bytes
     for name in ("run.json", "report.html", "report.md", "recipe.resolved.yaml"):

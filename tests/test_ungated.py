@@ -228,7 +228,11 @@ def test_a_source_folder_is_exported_to_onnx_as_json(place, tmp_path):  # noqa: 
     out = tmp_path / "out"
     done = command("export", place / "model", "onnx", "--out", out, "--set", "activations=int8", "--json")
     found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["params"] == {"activations": "int8"} and found["gated"] is False
+    assert (
+        done.returncode == 0
+        and found["params"] == {"flavour": "genai", "activations": "int8"}
+        and found["gated"] is False
+    )
     assert {f["name"] for f in found["files"]} == {p.name for p in out.iterdir()} >= {"model.onnx", "tokenizer.json"}
     assert found["bits_per_weight"] == 32 and found["weights_exact"] is True
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["opening", "writing"], done.stderr

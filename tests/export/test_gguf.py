@@ -96,6 +96,7 @@ def tiny(kind: str = "llama", tokenizer: Any = None, tied: bool = False, seed: i
     shape = {
         "hidden_size": 64,
         "intermediate_size": 96,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32 if kind == "qwen3" else 16,
@@ -104,7 +105,6 @@ def tiny(kind: str = "llama", tokenizer: Any = None, tied: bool = False, seed: i
     }
     config = config_class(
         vocab_size=len(tokenizer) + 5,  # rows that no token uses
-        num_hidden_layers=2,
         tie_word_embeddings=tied,
         sliding_window=None,
         bos_token_id=None,

@@ -408,7 +408,7 @@ def test_missing_packages_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_failing_builder_says_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CompressError, match="builder failed with code 1"):
-        exporter._build(tmp_path, tmp_path / "built")
+        exporter.build(tmp_path, tmp_path / "built", "fp32")
 
 
 @given(

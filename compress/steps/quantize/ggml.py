@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from compress import ggml_mixes
 from compress.architectures import Facts
 from compress.encodings import EncodedTensor, Encoding
-from compress.errors import NumericalError
+from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context, Step
 from compress.steps.quantize._fields import check_fit, refuse_encoded
 
@@ -24,6 +26,7 @@ TypeName = Literal[
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"
 ]  # fmt: skip
 KeptName = TypeName | Literal["fp16", "bf16", "fp32"]
+SmallBlock = Literal["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"]
 OURS = {"q4_0": "int4", "q5_0": "int5", "q8_0": "int8", "iq4_nl": "iq4_nl"}  # types that hold our codes and scales
 
 
@@ -31,22 +34,41 @@ class Ggml(Step):
     """Linears of the blocks in one of llama.cpp's types, by libggml with an importance per input channel.
 
     The importance is the mean square of the channel over the calibration tokens, as in llama.cpp's importance
-    matrix. keep: glob over module names → type; the last match wins. embeddings: type of the token embedding and
-    the output head (tied or not), without importances; null leaves them in float32. The K-types and iq4_xs have
-    blocks of 256 channels: where these do not divide a matrix, the step is refused, and no larger type is taken
-    in silence.
+    matrix. type: of every linear (q4_k where nothing is given). preset: one of llama.cpp's named mixes instead, tensor
+    by tensor the types that its own tool would choose. keep: glob over module names → type; the last match wins.
+    embeddings: type of the token embedding and the output head (tied or not), without importances: "auto" is the
+    preset's, or q8_0 beside a single type; null leaves them in float32. The K-types and iq4_xs have blocks of 256
+    channels: where these do not divide a matrix, the step is refused, unless a fallback says what to store instead: a
+    type with blocks of 32, or "llama.cpp" for what that takes by itself (a larger type, mostly).
     """
 
     name: ClassVar[str] = "quantize.ggml"
     packs: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 
-    type: TypeName = "q4_k"
+    type: TypeName | None = None
+    preset: ggml_mixes.Preset | None = None
+    fallback: SmallBlock | Literal["llama.cpp"] | None = None
     keep: dict[str, KeptName] = Field(default_factory=dict)
-    embeddings: KeptName | None = "q8_0"
+    embeddings: KeptName | Literal["auto"] | None = "auto"
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.type is not None and self.preset is not None:
+            raise RecipeError(f"type={self.type} and preset={self.preset} both choose the types; leave one out")
+        return self
 
     def check(self, facts: Facts) -> None:
         """Refuse blocks that do not divide the input channels, and patterns that match nothing."""
+        if self.fallback is None and (misfits := self._misfits(facts)) and self.preset is not None:
+            tensor, kind = next(iter(misfits.items()))
+            width = facts.matrices[tensor][1]
+            rest = f", nor do those of {len(misfits) - 1} more matrices" if len(misfits) > 1 else ""
+            raise RecipeError(
+                f"preset {self.preset}: {tensor} has {width} input channels, which {kind}'s blocks of "
+                f"{ggml_mixes.block(kind)} do not divide{rest}; llama.cpp would store {_summary(self._stock(facts))} "
+                "instead: ask for that with fallback: llama.cpp, or name a type, e.g. fallback: q4_0"
+            )
         check_fit(facts, self.keep, self.encodings(facts))
 
     def encodings(self, facts: Facts) -> Mapping[str, Encoding]:
@@ -59,6 +81,12 @@ class Ggml(Step):
 
         refuse_encoded(model, self.encodings(model.facts))
         types = self._types(model.facts)
+        if misfits := self._misfits(model.facts):
+            stored = _summary(types[tensor] for tensor in misfits if tensor in types)
+            context.notes.append(
+                f"{self.name}: {len(misfits)} of {len(types)} matrices have rows that blocks of 256 weights do not "
+                f"divide ({_summary(misfits.values())} were asked for); fallback: {self.fallback} stores {stored}"
+            )
         for block in walk(model, context.calibration, context.progress):
             for name, importance in _importances(block).items():
                 if kind := types.pop(f"{name}.weight", None):
@@ -67,12 +95,41 @@ class Ggml(Step):
             _store(model, tensor, kind, None)
 
     def _types(self, facts: Facts) -> dict[str, KeptName]:
-        chosen: dict[str, KeptName] = {f"{name}.weight": self.type for name in facts.linears}
+        """The type of every tensor that is stored in one, after the fallback."""
+        chosen = self._asked(facts)
+        for tensor, kind in self._misfits(facts).items():
+            if self.fallback == "llama.cpp":
+                chosen[tensor] = cast(KeptName, ggml_mixes.fitted(kind, facts.matrices[tensor][1]))
+            elif self.fallback is not None:
+                chosen[tensor] = self.fallback
+        return {tensor: kind for tensor, kind in chosen.items() if kind != "fp32"}
+
+    def _asked(self, facts: Facts) -> dict[str, KeptName]:
+        """The type of every tensor by preset or type, keep and embeddings, whatever its shape."""
+        chosen: dict[str, KeptName] = {f"{name}.weight": self.type or "q4_k" for name in facts.linears}
+        embeddings: KeptName | None = "q8_0" if self.embeddings == "auto" else self.embeddings
+        if self.preset is not None:
+            chosen = cast(dict[str, KeptName], ggml_mixes.types(self.preset, facts, importance=True))
         for pattern, kind in self.keep.items():
             chosen.update({f"{name}.weight": kind for name in facts.linears if fnmatchcase(name, pattern)})
-        if self.embeddings is not None:
-            chosen |= {name: self.embeddings for name in facts.matrices if name not in chosen}
-        return {tensor: kind for tensor, kind in chosen.items() if kind != "fp32"}
+        if self.preset is None or self.embeddings != "auto":
+            outer = facts.matrices.keys() - {f"{name}.weight" for name in facts.linears}
+            chosen |= dict.fromkeys(sorted(outer), embeddings or "fp32")
+        return chosen
+
+    def _misfits(self, facts: Facts) -> dict[str, KeptName]:
+        """The tensors whose rows no whole number of their type's blocks makes, with that type."""
+        asked = self._asked(facts)
+        return {t: kind for t, kind in asked.items() if facts.matrices[t][1] % ggml_mixes.block(kind)}
+
+    def _stock(self, facts: Facts) -> list[str]:
+        """What llama.cpp would store of the misfits."""
+        return [ggml_mixes.fitted(kind, facts.matrices[t][1]) for t, kind in self._misfits(facts).items()]
+
+
+def _summary(kinds: Iterable[str]) -> str:
+    """Types with their numbers, e.g. "150 q5_0, 1 q8_0"."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common())
 
 
 def _encoding(kind: KeptName) -> Encoding:

@@ -1,0 +1,59 @@
+"""The parts of scripts/bench_export.py that its figures rest on: two files of the same kind, made by two tools."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from compress import artifact
+from compress.plugin import exporter
+from tests.export.test_gguf import tiny, windows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).parents[1] / "scripts" / "bench_export.py"
+    spec = importlib.util.spec_from_file_location("bench_export", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_export"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["bench_export"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    artifact.save(tiny(initializer_range=0.05), folder)
+    return folder
+
+
+def test_llama_cpps_own_file_is_as_large_as_ours_and_computes_much_the_same(script, model_folder, tmp_path):
+    (ours, seconds), (theirs, peer_seconds) = script.gguf_pair(str(model_folder), "Q4_0", tmp_path)
+    # Q4_1 in a first eighth needs importances and more than seven blocks: here the types are the same
+    assert script.weights_bytes(ours) == script.weights_bytes(theirs) > 0
+    assert seconds > 0 and peer_seconds > 0
+    model = artifact.load(model_folder)
+    (window,) = windows(model, 40)
+    for folder in (ours, theirs):
+        runtime = exporter("gguf")().open(folder)
+        difference = next(runtime.logits([window])) - next(model.logits([window]))
+        assert 0 < difference.abs().mean() < 0.5 * next(model.logits([window])).std()  # 4 bits
+        runtime.close()
+
+
+def test_genais_own_int4_file_opens_in_the_same_runtime(script, model_folder, tmp_path):
+    (ours, _), (theirs, _) = script.onnx_pair(str(model_folder), "float32", tmp_path / "pair")
+    model = artifact.load(model_folder)
+    (window,) = windows(model, 40)
+    expected = next(model.logits([window]))
+    for folder in (ours, theirs):
+        runtime = exporter("onnx")().open(folder)
+        assert "float32 activations" in runtime.compute
+        found = next(runtime.logits([window]))
+        assert 0 < (found - expected).abs().mean() < 0.5 * expected.std()
+        runtime.close()
+    assert script.weights_bytes(theirs) > script.weights_bytes(ours)  # its embedding stays in float32
