@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, provenance
+from compress import artifact, noise, provenance
 from compress.decisions import combine
 from compress.encodings import EncodedTensor, same_stored
 from compress.errors import Corrupt
@@ -106,7 +106,8 @@ def _gate(
         prefill = Gate(entry.gate).evaluate(
             opened, baseline, datasets, sizes=sizes, cache=bench.store, progress=progress, distrust=bench.distrust
         )
-        checks = [*prefill.checks, *decode_check(opened, datasets, progress)]
+        decoded = decode_check(opened, datasets, progress)
+        checks = [*noise.above_decoding(prefill.checks, entry.gate, decoded), *decoded]
         return GateResult(verdict=combine([c.verdict for c in checks]), checks=checks).model_dump(mode="json")
 
     given = {

@@ -392,5 +392,12 @@ def _result(
     )
 
 
+def invalidated(result: CheckResult, reason: str) -> CheckResult:
+    """A result that turned out to mean nothing."""
+    return result.model_copy(
+        update={"verdict": "INVALID", "definition": f"{result.definition} Invalid here: {reason}."}
+    )
+
+
 def _value(check: Evaluator, scores: Sequence[Score]) -> float:
     return check.value(scores) if sum(s.weight for s in scores) > 0 else math.nan

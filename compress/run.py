@@ -22,6 +22,7 @@ from compress.store import Store, key_of, write_atomic
 from compress.workbench import Reporter, Workbench
 
 UNFINISHED = "not finished: in progress, or killed; run the same command again to resume"
+UNCHANGED = "changed nothing: every stored tensor is its parent's, bit for bit"
 _STATUS = {
     "PASS": ("passed", 0),
     "FAIL": ("failed", 3),
@@ -97,6 +98,7 @@ class _Work:
         recipe = self.bench.recipe
         self.record.baseline = self.bench.open_baseline()
         self.record.assays = [found for own in self.bench.assays.values() for found in own]
+        self.record.noise = [found for own in self.bench.noises.values() for found in own]
         parent = self.bench.baseline
         for entry in recipe.steps:
             accepted = self._step(entry, parent)
@@ -128,7 +130,9 @@ class _Work:
             gate = None
             if entry.gate:
                 gate = self.bench.gate(entry.gate, folder, parent, step.name, len(entry.attempts))
-            attempts.append(_attempt(step, gate, folder, made))
+            attempts.append(_attempt(step, gate, folder, made, parent))
+            if attempts[-1].unchanged:
+                self.bench.reporter.say(f"warning: {step.name} {_brief(step)} {UNCHANGED}")
             accepted = gate is None or gate.verdict == "PASS"
             self._say_gate(f"{step.name} {_brief(step)}", gate)
             if accepted:
@@ -217,8 +221,9 @@ class _Work:
                     made.path = f"artifacts/{name}"
 
 
-def _attempt(step: Step, gate: GateResult | None, folder: Path, made: dict[str, Any]) -> Attempt:
+def _attempt(step: Step, gate: GateResult | None, folder: Path, made: dict[str, Any], parent: Path) -> Attempt:
     facts = artifact.manifest(folder)
+    unchanged = facts["model_digest"] == artifact.manifest(parent)["model_digest"]
     return Attempt(
         name=step.name,
         params=step.model_dump(mode="json"),
@@ -228,7 +233,8 @@ def _attempt(step: Step, gate: GateResult | None, folder: Path, made: dict[str, 
         cached=made["cached"],
         size_bytes=facts["size_bytes"],
         bits_per_weight=facts["bits_per_weight"],
-        notes=made["notes"],
+        notes=[*made["notes"], *([UNCHANGED] if unchanged else [])],
+        unchanged=unchanged,
     )
 
 

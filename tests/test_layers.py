@@ -19,7 +19,7 @@ LAYERS = [
     ("compress.steps", "evaluators", "export"),
     ("compress.decisions", "compress.scoring"),
     ("compress.gate", "compress.planting"),
-    ("compress.assay",),
+    ("compress.assay", "compress.noise"),
     ("compress.yaml_nodes", "compress.validation", "compress.recipe_schema", "compress.recipe", "compress.store"),
     ("compress.plan", "compress.record", "compress.opening", "compress.measure", "compress.parity"),
     ("compress.inspection",),

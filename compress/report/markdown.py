@@ -204,7 +204,7 @@ def _baseline(report: Report) -> str:
 
 def _reading(report: Report) -> str:
     terms = [f"- **{escape(prose.capital(name))}**: {escape(text)}" for name, text in report.definitions.items()]
-    method = [*prose.HOW_TO_READ, *filter(None, [escape(prose.sensitivity(report))])]
+    method = [*prose.HOW_TO_READ, *filter(None, [escape(prose.sensitivity(report)), escape(prose.noise(report))])]
     return "\n\n".join(["## How to read this", *method, *(["\n".join(terms)] if terms else [])])
 
 

@@ -178,6 +178,19 @@ def sensitivity(report: Report) -> str:
     return lead + "; ".join(parts) + "."
 
 
+def noise(report: Report) -> str:
+    """What identical weights lose; empty where it was not measured."""
+    if not report.noise:
+        return ""
+    parts = []
+    for n in report.noise:
+        name = f"{_NAMES.get(n.metric, n.metric.replace('_', ' '))} on {n.source}"
+        loss = "not finite" if n.loss is None else figures.tiny(n.measure.forward(n.loss)) + n.measure.suffix
+        parts.append(f"{name} {loss} ({figures.count(n.examples)} examples)")
+    lead = "The baseline was also compared with itself, in other batches, on other threads and in float32: its loss, "
+    return f"{lead}below which no margin is accepted unless chance explains it, is " + "; ".join(parts) + "."
+
+
 def ratio(before: float | None, after: float | None) -> str:
     """How many times smaller; empty where it cannot be said."""
     return f"{before / after:.1f}x smaller" if before and after and after < before else ""

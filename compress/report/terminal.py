@@ -37,6 +37,7 @@ def _stage(stage: Stage, width: int, report: Report) -> str:
     if stage.seconds is not None:
         facts.append(figures.seconds(stage.seconds))
     facts += ["cached"] if stage.cached else []
+    facts += ["changed nothing"] if stage.unchanged else []
     facts += [f"gate off: {name}" for name in stage.gate_off]
     return f"{_name(stage):<{width}}  {verdict:<12}  {'; '.join(facts)}".rstrip()
 

@@ -99,6 +99,7 @@ class Stage:
     peak_rss_bytes: float | None = None
     digest: str = ""
     cached: bool = False
+    unchanged: bool = False  # the step left its parent's very tensors
     notes: tuple[str, ...] = ()
     gate_off: tuple[str, ...] = ()
     layer_errors: Mapping[str, float | None] = field(default_factory=dict)
@@ -158,6 +159,19 @@ class Planted:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """The loss that identical weights showed in a check."""
+
+    metric: str
+    source: str
+    measure: figures.Measure
+    loss: float | None
+    lower: float | None
+    upper: float | None
+    examples: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """The whole record."""
 
@@ -175,6 +189,7 @@ class Report:
     host: Mapping[str, str]
     definitions: Mapping[str, str] = field(default_factory=dict)
     planted: tuple[Planted, ...] = ()
+    noise: tuple[Noise, ...] = ()
 
     def stages(self) -> Iterator[Stage]:
         """Every node in the order of the chain."""
@@ -226,6 +241,7 @@ def read(run: Mapping[str, Any]) -> Report:
         versions={clean(k): figures.plain(v) for k, v in mapping(run.get("versions")).items()},
         host={clean(k): _host_value(clean(k), v) for k, v in mapping(run.get("host")).items()},
         planted=tuple(_planted(a) for a in maps(run.get("assays"))),
+        noise=tuple(_noise(n) for n in maps(run.get("noise"))),
     )
     found = [(clean(m.get("metric")), clean(m.get("definition"))) for m in maps(baseline.get("metrics"))]
     found += [(c.metric, c.definition) for s in report.stages() for c in s.checks]
@@ -334,6 +350,13 @@ def _planted(record: Mapping[str, Any]) -> Planted:
     )
 
 
+def _noise(record: Mapping[str, Any]) -> Noise:
+    metric = clean(record.get("metric")) or "unnamed"
+    numbers = {name: number(record.get(name)) for name in ("loss", "lower", "upper", "examples")}
+    measure = figures.measure(metric, clean(record.get("unit")))
+    return Noise(metric=metric, source=clean(record.get("source")), measure=measure, **numbers)
+
+
 def _attempts(index: int, step: Mapping[str, Any]) -> Iterator[Stage]:
     """The attempts at one step. Only the last can have been accepted, and only if the step's gate passed."""
     gate = mapping(step.get("gate"))
@@ -358,6 +381,7 @@ def _attempts(index: int, step: Mapping[str, Any]) -> Iterator[Stage]:
             peak_rss_bytes=number(own.get("peak_rss_bytes")),
             digest=clean(own.get("digest")),
             cached=bool(own.get("cached")),
+            unchanged=record.get("unchanged") is True,
             notes=_words(record.get("notes")) or (_words(step.get("notes")) if last else ()),
             gate_off=_words(step.get("gate_off")) if last else (),
             layer_errors=_layer_errors(step) if accepted else {},
