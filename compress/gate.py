@@ -41,7 +41,8 @@ class CheckResult(BaseModel):
 
     loss, lower and upper are in `unit`; `upper` holds at the level that PASS needs, `lower` at the one that
     FAIL needs (see `Gate.evaluate`). reference and value are the metric itself. `source` is "files" for a
-    quantity of the files. An INVALID check says why in `definition`.
+    quantity of the files. An INVALID check says why in `definition`. review: why somebody must look at this
+    result before it counts, or empty.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +63,7 @@ class CheckResult(BaseModel):
     verdict: Verdict
     definition: str
     details: dict[str, Figure] = Field(default_factory=dict)
+    review: str = ""
     samples: list[Sample] = Field(default_factory=list)
 
 
@@ -271,9 +273,24 @@ class Trial:
             decision = replace(decision, verdict="INVALID", reason=reason)
         if decision.verdict == "PASS" and (doubt := self.check.doubt(self.new, self.old)):
             decision = replace(decision, verdict="INVALID", reason=doubt)
+        review = self._review(decision)
+        if review:
+            decision = replace(decision, verdict="INCONCLUSIVE")
         result = _result(self.check, self.data.source, decision, self.new, self.old)
         details = {**self.figures, **result.details}
-        return result.model_copy(update={"details": details, "samples": self._samples()})
+        return result.model_copy(update={"details": details, "review": review, "samples": self._samples()})
+
+    def _review(self, decision: Decision) -> str:
+        """Why a pass is too good to be taken without question: its bound proves a gain beyond what is plausible.
+
+        What a step wins back from its own parent is no such gain.
+        """
+        check = self.check
+        if decision.verdict != "PASS" or check.against != "baseline" or not decision.upper < -check.plausible_gain:
+            return ""
+        proven = f"a gain beyond {check.display(-check.plausible_gain)} is proven, and compression adds no knowledge"
+        causes = "evaluation text in the training data, a broken baseline, or training that is meant to adapt"
+        return f"{proven}; look for {causes}, and raise max_gain where it is the last"
 
     def _samples(self) -> list[Sample]:
         kept = len(self.examples)

@@ -6,6 +6,7 @@ torch, so that recipes are validated, and cached runs answered, without it: heav
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -234,6 +235,14 @@ class Evaluator(Plugin, ABC):
     @abstractmethod
     def margin(self) -> float:
         """Largest loss that passes, in the additive unit per unit of weight."""
+
+    @property
+    def plausible_gain(self) -> float:
+        """Largest gain over the baseline that passes without question, as a negative loss; infinite by default.
+
+        Compression adds no knowledge: a larger gain, once proven, has another cause that somebody must look at.
+        """
+        return math.inf
 
     @property
     def window(self) -> int:

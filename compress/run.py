@@ -201,6 +201,8 @@ class _Work:
             f"{c.metric} {c.loss:+.4f} ≤ {c.upper:+.4f} (margin {c.margin:.4f}, n={c.examples})" for c in gate.checks
         )
         self.bench.reporter.say(f"  {gate.verdict}  {label}: {shown}")
+        for c in (c for c in gate.checks if c.review):
+            self.bench.reporter.say(f"  review: {c.metric} on {c.source}: {c.review}")
 
     # --- exports -----------------------------------------------------------------------------------------
 

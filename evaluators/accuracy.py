@@ -75,7 +75,7 @@ class Accuracy(Evaluator):
         "exceeds chance by three margins; exact at every look."
     )
     statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "betting"
-    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop"})
+    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop", "max_gain"})
     planted: ClassVar[Literal["nll", "kl", "answers"] | None] = "answers"
     QUALIFYING: ClassVar[int] = 32  # clusters per group, of which the first item is looked at
     SHOWN: ClassVar[int] = 4  # flips of each direction
@@ -86,6 +86,9 @@ class Accuracy(Evaluator):
     task_path: str | None = None  # of the user's own task YAML for lm_eval: a folder, or one file
     metric: str | None = None  # of lm_eval's tasks: "acc_norm", or with a filter "exact_match,strict-match"
     max_drop: float = Field(gt=0, le=50, allow_inf_nan=False)  # percentage points
+    max_gain: float = Field(
+        10.0, gt=0, le=100, allow_inf_nan=False
+    )  # points; a gain proven to be larger needs a review
 
     @field_validator("tasks")
     @classmethod
@@ -119,6 +122,11 @@ class Accuracy(Evaluator):
     def margin(self) -> float:
         """Largest drop of accuracy, as a fraction."""
         return self.max_drop / 100
+
+    @property
+    def plausible_gain(self) -> float:
+        """Largest rise of accuracy, as a fraction."""
+        return self.max_gain / 100
 
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """One source per task that brings its items along, and one per evaluation source for the others.

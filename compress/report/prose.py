@@ -14,8 +14,8 @@ HOW_TO_READ = (
     "as the evidence is clear, and where a step has alternatives, the allowed error is divided among them beforehand. "
     "A fixed set is read whole: its loss is known without error, and nothing is claimed beyond the set.",
     "PASS: even the upper bound is within the margin. FAIL: even the lower bound is beyond it. "
-    "INCONCLUSIVE: the margin lies between the two, so the data proved neither. INVALID: the check itself "
-    "could not be trusted, so nothing is claimed.",
+    "INCONCLUSIVE: the margin lies between the two, so the data proved neither, or a gain is proven that is too "
+    "large to be believed unseen. INVALID: the check itself could not be trusted, so nothing is claimed.",
 )
 STATUS_WORDS = {
     "passed": "Passed",
@@ -140,6 +140,8 @@ def sentence(check: Check) -> str:
     if check.verdict == "FAIL":
         return f"{estimate} (lower bound {measure.text(check.lower, 'down')}, {margin}) {basis}"
     if check.verdict == "INCONCLUSIVE":
+        if check.reason:
+            return f"{estimate} (upper bound {measure.text(check.upper, 'up')}) {basis}: {check.reason}"
         return f"{estimate} (between {check.bounds().replace(' to ', ' and ')}, {margin}) {basis}"
     return f"{estimate} (upper bound {measure.text(check.upper, 'up')}, {margin}) {basis}"
 

@@ -43,7 +43,7 @@ class Check:
     tokens: float | None
     verdict: str
     definition: str
-    reason: str  # why an INVALID check is none
+    reason: str  # why an INVALID check is none, or why somebody must look at this one
     details: Mapping[str, Any]
     samples: tuple[Sample, ...] = ()
 
@@ -255,6 +255,7 @@ def read(run: Mapping[str, Any]) -> Report:
 def check(record: Mapping[str, Any]) -> Check:
     """Read one CHECK. An INVALID one says why at the end of its definition."""
     definition, _, reason = clean(record.get("definition")).partition(" Invalid here: ")
+    reason = reason or clean(record.get("review"))
     return Check(
         metric=clean(record.get("metric")) or "unnamed",
         unit=clean(record.get("unit")),
