@@ -365,6 +365,8 @@ def _plan_lines(found: dict[str, Any]) -> list[str]:
         lines += [f"  otherwise {other['name']}  {other['size_bytes'] / 1e6:.1f} MB" for other in step["otherwise"]]
         lines += [f"  {line}" for line in _power_lines(step["checks"])]
     lines += ["release", *(f"  {line}" for line in _power_lines(found["release"]))]
+    if found["holdout"]:
+        lines += ["holdout, first use", *(f"  {line}" for line in _power_lines(found["holdout"]))]
     lines += [f"export  {entry['format']}" for entry in found["exports"]]
     lines += [f"basis of {name}: {text}" for name, text in found["basis"].items()]
     return lines + [f"warning: {warning}" for warning in found["warnings"]]

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compress import holdout
 from compress.architectures import Facts
-from compress.data import Request, Split, split
+from compress.data import Request, Role, Split, split
 from compress.decisions import minimum_detectable
 from compress.encodings import Encoding
 from compress.errors import RecipeError
@@ -69,12 +70,13 @@ class Text:
 
 
 def requests(recipe: Recipe) -> list[Request]:
-    """What a recipe asks of its data: calibration, selection, then each evaluation source."""
+    """What a recipe asks of its data: calibration, selection, each evaluation source, and the holdout if any."""
     data = recipe.data
     return [
         Request("calibration", data.calibration.source, data.calibration.tokens, data.calibration.length),
         Request("selection", data.selection.source, data.selection.tokens, data.selection.length),
         *(Request("evaluation", s.source, None, s.length) for s in data.evaluation),
+        *([Request("holdout", data.holdout.source, None, data.holdout.length)] if data.holdout else []),
     ]
 
 
@@ -114,6 +116,9 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         stored |= entry.step.encodings(now)
         now = entry.step.facts_after(now)
     release = _powers(recipe.release, 1, datasets)
+    held: list[dict[str, Any]] = []
+    if recipe.data.holdout is not None:  # its first use; each further one proves less
+        held = _powers(holdout.checks(recipe)[0], holdout.attempts(1), evaluation(parts, "holdout"))
     return {
         "recipe": recipe.name,
         "model": recipe.model,
@@ -121,9 +126,10 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         "baseline": baseline,
         "steps": steps,
         "release": release,
+        "holdout": held,
         "exports": [{"format": e.exporter.name, "params": e.exporter.model_dump(mode="json")} for e in recipe.export],
         "basis": {"size": SIZE_BASIS, "seconds": TIME_BASIS, "memory": MEMORY_BASIS, "power": POWER_BASIS},
-        "warnings": warnings + _power_warnings("release", release),
+        "warnings": warnings + _power_warnings("release", release) + _power_warnings("holdout", held),
     }
 
 
@@ -345,12 +351,12 @@ def _ungated(recipe: Recipe) -> Iterator[str]:
             yield f"{label}: no check judges this step alone, and its alternatives can never be tried"
 
 
-def evaluation(parts: Sequence[Split]) -> list[Documents]:
-    """The evaluation sources among the parts of a recipe's data, in gate order."""
+def evaluation(parts: Sequence[Split], role: Role = "evaluation") -> list[Documents]:
+    """The evaluation sources (or those of another role) among the parts of a recipe's data, in gate order."""
     return [
         Documents(p.request.source, [(d.id, d.text) for d in p.documents], p.digest, p.request.length)
         for p in parts
-        if p.request.role == "evaluation"
+        if p.request.role == role
     ]
 
 

@@ -11,6 +11,7 @@ from compress.assay import Assay
 from compress.decisions import Verdict
 from compress.errors import Corrupt, RecipeError
 from compress.gate import CheckResult, Figure, GateResult
+from compress.holdout import Holdout
 from compress.noise import Noise
 
 FILE = "run.json"
@@ -128,6 +129,7 @@ class RunRecord(_Record):
     noise: list[Noise] = Field(default_factory=list)  # of the baseline's own scores, asked twice
     steps: list[StepRecord] = Field(default_factory=list)
     release: GateResult | None = None
+    holdout: Holdout | None = None  # of the final model, where the recipe keeps one
     exports: list[ExportRecord] = Field(default_factory=list)
 
     def to_json(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import artifact, data, environment, exporting, lock, plan, publishing, source
+from compress import artifact, data, environment, exporting, holdout, lock, plan, publishing, source
 from compress.decisions import combine
 from compress.errors import exit_code, one_line
 from compress.gate import GateResult
@@ -43,6 +43,8 @@ def apply(
     for everything else, after writing what is known.
     """
     reporter = reporter or Reporter()
+    if recipe.data.holdout is not None:
+        holdout.checks(recipe)  # that some of them read it
     opened = source.download(source.resolve(recipe.model))
     splits = data.split(plan.requests(recipe), recipe.seed)
     key = _run_key(recipe, source.digest(opened), [s.digest for s in splits])
@@ -109,9 +111,28 @@ class _Work:
         self._say_gate("release", self.record.release)
         if self.record.release.verdict != "PASS":
             return self._conclude(self.record.release)
+        self._look_at_holdout(parent)
+        if self.record.holdout is not None and self.record.holdout.gate.verdict != "PASS":
+            return self._conclude(self.record.holdout.gate)
         self._export(parent)
         verdict = combine([self.record.release.verdict, *(e.gate.verdict for e in self.record.exports)])
         return self._conclude(GateResult(verdict=verdict, checks=[]))
+
+    def _look_at_holdout(self, final: Path) -> None:
+        """Let the final model see the holdout, if the recipe keeps one, and put that on record beforehand."""
+        bench, recipe = self.bench, self.bench.recipe
+        for held in plan.evaluation(bench.splits, "holdout"):
+            checks, left_out = holdout.checks(recipe)
+            baseline, model = artifact.digest(bench.baseline), artifact.digest(final)
+            use, before = holdout.spend(bench.store, baseline, held, model, recipe.name)
+            divided = holdout.attempts(use)
+            if before:
+                seen = f"{len(before)} models before this one have seen it ({', '.join(dict.fromkeys(before))})"
+                bench.reporter.say(f"warning: the holdout is not fresh: {seen}; the allowed error is 1/{divided}")
+            gate = bench.gate(checks, final, parent=None, label="holdout", attempts=divided, datasets=[held])
+            facts = {"source": held.source, "documents": len(held.documents), "digest": held.digest}
+            self.record.holdout = holdout.Holdout(use=use, before=before, left_out=left_out, gate=gate, **facts)
+            self._say_gate(f"holdout, use {use}", gate)
 
     def _conclude(self, gate: GateResult | None) -> None:
         assert gate is not None

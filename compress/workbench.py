@@ -214,12 +214,21 @@ class Workbench:
         }
 
     def gate(
-        self, checks: Sequence[Evaluator], folder: Path, parent: Path | None, label: str, attempts: int = 1
+        self,
+        checks: Sequence[Evaluator],
+        folder: Path,
+        parent: Path | None,
+        label: str,
+        attempts: int = 1,
+        datasets: Sequence[Documents] = (),
     ) -> GateResult:
-        """The verdict on an artifact against the baseline and, where a check asks for it, against its parent."""
+        """The verdict on an artifact against the baseline and, where a check asks for it, against its parent.
+
+        datasets: what is looked at, by default the evaluation sources.
+        """
         facts = artifact.manifest(folder)
         asked = parent if any(c.against == "parent" for c in checks) else None
-        datasets = self.evaluation()
+        datasets = datasets or self.evaluation()
 
         def compute() -> Any:
             baseline = self.model(self.baseline)

@@ -21,6 +21,7 @@ LAYERS = [
     ("compress.gate", "compress.planting"),
     ("compress.assay", "compress.noise"),
     ("compress.yaml_nodes", "compress.validation", "compress.recipe_schema", "compress.recipe", "compress.store"),
+    ("compress.holdout",),
     ("compress.plan", "compress.record", "compress.opening", "compress.measure", "compress.parity"),
     ("compress.inspection",),
     ("compress.report",),

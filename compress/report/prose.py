@@ -78,6 +78,8 @@ def place(stage: Stage) -> str:
     """A stage as prose names it."""
     if stage.kind == "release":
         return "the final model"
+    if stage.kind == "holdout":
+        return "the final model on the sealed holdout"
     if stage.kind == "export":
         return f"the {stage.name} artifact"
     return f"step {stage.title}"
@@ -85,7 +87,7 @@ def place(stage: Stage) -> str:
 
 def culprit_stage(report: Report) -> Stage | None:
     """The stage that decided a run which did not pass: an artifact, the release or the last attempt."""
-    late = [s for s in (*(a.stage for a in report.artifacts), report.release) if s is not None]
+    late = [s for s in (*(a.stage for a in report.artifacts), report.holdout, report.release) if s is not None]
     for stage in sorted(late, key=lambda s: SEVERITY.get(s.verdict, 9)):
         if stage.verdict in SEVERITY:
             return stage
@@ -103,7 +105,8 @@ def _names_of_offenders(stage: Stage) -> str:
 def claims(report: Report) -> list[Claim]:
     """What is proven about what ships, from each metric's worst check; or what went wrong, by how much."""
     if report.status == "passed":
-        shipped = [s for s in (report.release, *(a.stage for a in report.artifacts)) if s is not None and s.checks]
+        made = (report.release, report.holdout, *(a.stage for a in report.artifacts))
+        shipped = [s for s in made if s is not None and s.checks]
         if not shipped:
             final = report.final()
             shipped = [final] if final is not None and final.checks else []
@@ -159,6 +162,7 @@ def scope(report: Report) -> str:
     checks = [c for s in (report.release, *(a.stage for a in report.artifacts)) if s for c in s.checks]
     sources = sorted({c.source for c in checks if c.source and not c.exact})
     parts = ["the final model"] if report.release is not None else []
+    parts += ["the same model on documents that no recipe has chosen by"] if report.holdout is not None else []
     if report.artifacts:
         files = figures.count(float(len(report.artifacts)), "exported artifacts")
         parts.append(f"{files}, each executed in its own runtime")

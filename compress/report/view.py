@@ -9,7 +9,7 @@ from typing import Any, Literal
 from compress.report import figures
 from compress.report.figures import clean, number
 
-Kind = Literal["baseline", "step", "rejected", "release", "export"]
+Kind = Literal["baseline", "step", "rejected", "release", "holdout", "export"]
 SEVERITY = {"FAIL": 0, "INVALID": 1, "INCONCLUSIVE": 2}
 
 
@@ -190,6 +190,7 @@ class Report:
     definitions: Mapping[str, str] = field(default_factory=dict)
     planted: tuple[Planted, ...] = ()
     noise: tuple[Noise, ...] = ()
+    holdout: Stage | None = None
 
     def stages(self) -> Iterator[Stage]:
         """Every node in the order of the chain."""
@@ -197,6 +198,8 @@ class Report:
         yield from self.attempts
         if self.release is not None:
             yield self.release
+        if self.holdout is not None:
+            yield self.holdout
         yield from (a.stage for a in self.artifacts)
 
     def metrics(self) -> list[str]:
@@ -242,6 +245,7 @@ def read(run: Mapping[str, Any]) -> Report:
         host={clean(k): _host_value(clean(k), v) for k, v in mapping(run.get("host")).items()},
         planted=tuple(_planted(a) for a in maps(run.get("assays"))),
         noise=tuple(_noise(n) for n in maps(run.get("noise"))),
+        holdout=_holdout(mapping(run.get("holdout"))),
     )
     found = [(clean(m.get("metric")), clean(m.get("definition"))) for m in maps(baseline.get("metrics"))]
     found += [(c.metric, c.definition) for s in report.stages() for c in s.checks]
@@ -410,6 +414,30 @@ def _release(record: Mapping[str, Any], attempts: tuple[Stage, ...]) -> Stage | 
         checks=_checks(record.get("checks")),
         size_bytes=final.size_bytes if final else None,
         bits_per_weight=final.bits_per_weight if final else None,
+    )
+
+
+def _holdout(record: Mapping[str, Any]) -> Stage | None:
+    """The final model on the sealed holdout, with who has seen it before."""
+    gate = mapping(record.get("gate"))
+    if not gate:
+        return None
+    before, left_out = _words(record.get("before")), _words(record.get("left_out"))
+    use = figures.count(number(record.get("use")))
+    notes = [f"use {use} of this holdout"]
+    if before:
+        seen = f"{figures.count(float(len(before)), 'other models')} have seen it ({', '.join(dict.fromkeys(before))})"
+        notes = [
+            f"{notes[0]}: {seen}, and the allowed error is divided accordingly; documents that are fresh prove more"
+        ]
+    notes += [f"not held out, as their items are their own: {', '.join(left_out)}"] if left_out else []
+    return Stage(
+        kind="holdout",
+        label="",
+        name="sealed holdout",
+        verdict=_verdict(gate.get("verdict")),
+        checks=_checks(gate.get("checks")),
+        notes=tuple(notes),
     )
 
 
