@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 P_VALUE = "p of no change (exact McNemar)"
 """Among the details of a check: the p-value of a fixed sample, which a gate corrects for the number of its checks."""
+P_REGRESSION = "p of no regression (at every look)"
+"""The same, valid although the gate stops when it likes: what `Evaluator.forbids_any_loss` is decided by."""
 
 Progress = Callable[[str, float], None]
 """Called with a label and the finished fraction in [0, 1]."""
@@ -243,6 +245,14 @@ class Evaluator(Plugin, ABC):
         Compression adds no knowledge: a larger gain, once proven, has another cause that somebody must look at.
         """
         return math.inf
+
+    @property
+    def forbids_any_loss(self) -> bool:
+        """Whether a proven loss fails it on any source, within the margin or not, corrected for their number.
+
+        For checks that are decided by "betting".
+        """
+        return False
 
     @property
     def window(self) -> int:

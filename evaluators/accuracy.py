@@ -75,7 +75,7 @@ class Accuracy(Evaluator):
         "exceeds chance by three margins; exact at every look."
     )
     statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "betting"
-    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop", "max_gain"})
+    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop", "max_gain", "no_regression"})
     planted: ClassVar[Literal["nll", "kl", "answers"] | None] = "answers"
     QUALIFYING: ClassVar[int] = 32  # clusters per group, of which the first item is looked at
     SHOWN: ClassVar[int] = 4  # flips of each direction
@@ -122,6 +122,11 @@ class Accuracy(Evaluator):
     def margin(self) -> float:
         """Largest drop of accuracy, as a fraction."""
         return self.max_drop / 100
+
+    @property
+    def forbids_any_loss(self) -> bool:
+        """Where the recipe says `no_regression: true`."""
+        return self.no_regression
 
     @property
     def plausible_gain(self) -> float:

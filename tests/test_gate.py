@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from compress.decisions import Decision, Rule
 from compress.errors import RecipeError
 from compress.gate import CheckResult, Gate, GateResult, Sizes, Trial
-from compress.interfaces import Documents, Sample
+from compress.interfaces import P_REGRESSION, Documents, Sample, Score
+from compress.numerics.paired import holm
 from compress.numerics.sequences import mixture_variance, width
 from compress.scoring import Memo, batches, cached_scores, score_key
 from evaluators.divergence import Divergence
@@ -273,6 +274,51 @@ def test_a_gain_on_a_fixed_set_is_reviewed_just_where_it_exceeds_the_bound(gain,
     assert bool(review) == (loss < -check.plausible_gain)
     assert check.plausible_gain == pytest.approx(-math.log(1 - max_gain))
     assert not any(trial._review(Decision(v, loss, loss, loss)) for v in ("FAIL", "INCONCLUSIVE", "INVALID"))
+
+
+class Answers(Perplexity):
+    """Answers of which the model, unlike the baseline, has one wrong in `every` of a source, which its name tells."""
+
+    statistic = "betting"
+    no_regression: bool = True
+
+    @property
+    def forbids_any_loss(self):
+        return self.no_regression
+
+    def score(self, model, batch, reference=None):
+        same = model.digest == tiny_model().digest
+        found = []
+        for example in batch:
+            source, i = example.id.split("-")
+            found.append(Score(example.id, float(not same and int(i) % int(source[5:]) == 0), 1.0))
+        return found
+
+
+def test_a_proven_loss_on_any_task_fails_where_none_is_allowed(baseline, near):
+    """One answer in 8 is lost on the second of three tasks, within the margin of 50 points."""
+    data = [documents(300, source=f"every{n}") for n in (301, 8, 150)]
+    strict = gate(Answers(max_increase=math.expm1(0.4))).evaluate(near, baseline, data)
+    assert [c.verdict for c in strict.checks] == ["PASS", "FAIL", "PASS"] and strict.verdict == "FAIL"
+    p = [c.details[P_REGRESSION] for c in strict.checks]
+    assert [c.details[f"{P_REGRESSION}, Holm"] for c in strict.checks] == holm(p)
+    assert p[1] < 0.001 < 0.05 < p[0] and [c.examples for c in strict.checks] == [300] * 3
+    assert "a loss is proven here" in strict.checks[1].review and strict.checks[0].review == ""
+    lenient = gate(Answers(max_increase=math.expm1(0.4), no_regression=False)).evaluate(near, baseline, data)
+    assert lenient.verdict == "PASS" and all(c.examples < 300 for c in lenient.checks)
+    assert all(P_REGRESSION not in c.details for c in lenient.checks)
+
+
+def test_the_correction_is_for_all_tasks_together(baseline, near):
+    """A loss that is proven alone is not, beside four more tasks that lost nothing."""
+    check = Answers(max_increase=math.expm1(0.4), max_documents=100)
+    lossy = documents(100, source="every9")
+    alone = gate(check).evaluate(near, baseline, [lossy]).checks[0]
+    p = alone.details[P_REGRESSION]
+    assert alone.verdict == "FAIL" and 0.01 < p <= 0.05 and f"{P_REGRESSION}, Holm" not in alone.details
+    others = [documents(100, source=f"every{n}") for n in (101, 102, 103, 104)]
+    beside = gate(check).evaluate(near, baseline, [lossy, *others])
+    assert beside.verdict == "PASS" and beside.checks[0].details[f"{P_REGRESSION}, Holm"] == pytest.approx(5 * p)
 
 
 class Whole(Perplexity):

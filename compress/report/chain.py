@@ -73,10 +73,10 @@ def _tally(stage: Stage) -> Markup:
 
 
 def _size(stage: Stage, largest: float, report: Report) -> Child:
-    if stage.size_bytes is None and stage.kind != "holdout":
-        return parts.muted("not stored" if stage.kind == "rejected" else figures.NOTHING)
-    if stage.kind in {"release", "holdout"}:
+    if stage.kind == "holdout" or (stage.kind == "release" and stage.size_bytes is not None):
         return parts.muted("as above")
+    if stage.size_bytes is None:
+        return parts.muted("not stored" if stage.kind == "rejected" else figures.NOTHING)
     more = [] if stage.bits_per_weight is None else [f"{figures.bits(stage.bits_per_weight)} bits"]
     more.append(prose.ratio(report.baseline.size_bytes, stage.size_bytes))
     small = [parts.muted(" \u00b7 ", parts.typeset(p)) for p in more if p]

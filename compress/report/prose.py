@@ -141,7 +141,8 @@ def sentence(check: Check) -> str:
     basis = f"at {figures.percent(check.confidence)} confidence over {evidence(check)}"
     estimate = f"{name} {measure.text(check.loss)}"
     if check.verdict == "FAIL":
-        return f"{estimate} (lower bound {measure.text(check.lower, 'down')}, {margin}) {basis}"
+        because = f": {check.reason}" if check.reason else ""
+        return f"{estimate} (lower bound {measure.text(check.lower, 'down')}, {margin}) {basis}{because}"
     if check.verdict == "INCONCLUSIVE":
         if check.reason:
             return f"{estimate} (upper bound {measure.text(check.upper, 'up')}) {basis}: {check.reason}"
