@@ -1,9 +1,8 @@
 """Gates: whether a model's loss against a reference is proven to stay within its margins.
 
-Each check looks at each of its sources on its own, so that the worst source decides. Documents arrive in
-their seeded random order; after every batch the bounds of a confidence sequence are compared with the margin,
-and a check stops once it is decided. The bounds hold at all looks together, so that stopping early costs no
-validity.
+Each check looks at each of its sources on its own, so that the worst source decides. Documents arrive in their seeded
+random order; after every batch the bounds of a confidence sequence are compared with the margin, and a check stops
+once it is decided. The bounds hold at all looks together, so that stopping early costs no validity.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from compress.errors import GateInconclusive, RecipeError
 from compress.interfaces import (
     P_REGRESSION,
     P_VALUE,
+    Aspect,
     Documents,
     Evaluator,
     Example,
@@ -75,6 +75,7 @@ class CheckResult(BaseModel):
     definition: str
     details: dict[str, Figure] = Field(default_factory=dict)
     review: str = ""
+    aspect: Aspect = "quality"
     samples: list[Sample] = Field(default_factory=list)
 
 
@@ -298,9 +299,9 @@ class Trial:
         """The p-value of no loss at all, where the check asks for it and could be decided."""
         if not self.check.forbids_any_loss or self.decision.verdict == "INVALID" or not self.new:
             return {}
-        losses = [new.total - old.total for new, old in zip(self.new, self.old, strict=True)]
-        weights = by_cluster(self.clusters, np.array([s.weight for s in self.new]))
-        means = by_cluster(self.clusters, np.array(losses)) / weights
+        losses = np.array([new.total - old.total for new, old in zip(self.new, self.old, strict=True)])
+        weights = np.array([s.weight for s in self.new])
+        means = by_cluster(self.clusters, losses) / by_cluster(self.clusters, weights)
         return {P_REGRESSION: betting.p_value(means, 0.0)}
 
     def _review(self, decision: Decision) -> str:
@@ -434,6 +435,7 @@ def _result(
         verdict=decision.verdict,
         definition=check.definition + (f" Invalid here: {decision.reason}." if decision.reason else ""),
         details=check.details(new, old) if new else {},
+        aspect=check.aspect,
     )
 
 

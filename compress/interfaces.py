@@ -27,6 +27,9 @@ P_VALUE = "p of no change (exact McNemar)"
 P_REGRESSION = "p of no regression (at every look)"
 """The same, valid although the gate stops when it likes: what `Evaluator.forbids_any_loss` is decided by."""
 
+Aspect = Literal["quality", "safety", "robustness", "efficiency"]
+"""What a metric says about a model; a scorecard has a part for each, and never sums them up."""
+
 Progress = Callable[[str, float], None]
 """Called with a label and the finished fraction in [0, 1]."""
 
@@ -224,6 +227,7 @@ class Evaluator(Plugin, ABC):
     definition: ClassVar[str]  # one sentence, printed in reports
     statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "mean"
     minimum_examples: ClassVar[int] = 50  # clusters, where examples share one
+    aspect: ClassVar[Aspect] = "quality"  # of a scorecard, where what it measures is listed
     timed: ClassVar[bool] = False  # depends on the clock: it judges exports alone, and no artifact carries its figures
     whole: ClassVar[bool] = False  # weighs documents: their windows have no score of their own
     relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)

@@ -12,6 +12,7 @@ from compress.decisions import Verdict
 from compress.errors import Corrupt, RecipeError
 from compress.gate import CheckResult, Figure, GateResult
 from compress.holdout import Holdout
+from compress.interfaces import Aspect
 from compress.noise import Noise
 
 FILE = "run.json"
@@ -34,6 +35,7 @@ class Metric(_Record):
     examples: int
     tokens: int
     definition: str
+    aspect: Aspect = "quality"
     against: dict[str, Figure] | None = None  # loss, lower, upper, where a reference was given
 
 

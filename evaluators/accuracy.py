@@ -86,9 +86,8 @@ class Accuracy(Evaluator):
     task_path: str | None = None  # of the user's own task YAML for lm_eval: a folder, or one file
     metric: str | None = None  # of lm_eval's tasks: "acc_norm", or with a filter "exact_match,strict-match"
     max_drop: float = Field(gt=0, le=50, allow_inf_nan=False)  # percentage points
-    max_gain: float = Field(
-        10.0, gt=0, le=100, allow_inf_nan=False
-    )  # points; a gain proven to be larger needs a review
+    no_regression: bool = False  # fail, too, where any loss at all is proven on any task (Holm), however small
+    max_gain: float = Field(10.0, gt=0, le=100, allow_inf_nan=False)  # points; beyond, a proven gain needs a review
 
     @field_validator("tasks")
     @classmethod

@@ -215,7 +215,9 @@ def interval(hits: int, n: int, alpha: float = 0.05) -> tuple[float, float]:
     """Clopper and Pearson's exact interval of a rate, by halving the binomial tails."""
 
     def tail(k: int, p: float) -> float:  # P(X >= k)
-        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+        logs = [math.lgamma(i + 1) + math.lgamma(n - i + 1) for i in range(k, n + 1)]  # n! is no float from 171 on
+        odds = [i * math.log(p) + (n - i) * math.log1p(-p) - log for i, log in zip(range(k, n + 1), logs)]
+        return sum(math.exp(math.lgamma(n + 1) + x) for x in odds)
 
     def solve(k: int, level: float) -> float:
         low, high = 0.0, 1.0

@@ -378,7 +378,15 @@ def test_a_census_from_the_cache_is_as_suspicious_as_without(baseline):
 
 def test_results_have_the_keys_of_a_check():
     keys = "metric unit source against reference value loss lower upper margin confidence examples tokens"
-    assert set(CheckResult.model_fields) == {*keys.split(), "verdict", "definition", "details", "review", "samples"}
+    assert set(CheckResult.model_fields) == {
+        *keys.split(),
+        "verdict",
+        "definition",
+        "details",
+        "review",
+        "samples",
+        "aspect",
+    }
 
 
 # --- cost --------------------------------------------------------------------------------------------------

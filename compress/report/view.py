@@ -45,6 +45,7 @@ class Check:
     definition: str
     reason: str  # why an INVALID check is none, or why somebody must look at this one
     details: Mapping[str, Any]
+    aspect: str = "quality"
     samples: tuple[Sample, ...] = ()
 
     @property
@@ -269,6 +270,7 @@ def check(record: Mapping[str, Any]) -> Check:
         definition=definition,
         reason=reason.removesuffix("."),
         details=mapping(record.get("details")),
+        aspect=clean(record.get("aspect")) or "quality",
         samples=tuple(_sample(s) for s in maps(record.get("samples"))),
         **{name: number(record.get(name)) for name in _NUMBERS},
     )
