@@ -8,7 +8,7 @@ from compress.report.markup import Child, Markup, element
 from compress.report.view import Check, Report, worst
 
 ASPECTS = ("quality", "safety", "robustness", "efficiency")
-_COLUMNS = ("", "", "plotted", "right", "right", "gate")
+_COLUMNS = ("", "", "plotted", "right", "right", "gate")  # of the head
 _HEAD = ("Aspect", "Measure", "Loss against its margin", "Measured", "Margin used", "Verdict")
 
 
@@ -60,10 +60,10 @@ def _row(aspect: str, check: Check, first: bool) -> Markup:
     axis = Axis(-1.5 * scale, 1.5 * scale, check.measure)
     cells: list[tuple[str, Child]] = [
         ("aspect", element("b", figures.clean(aspect)) if first else None),
-        ("", [name, parts.muted(where) if where else None]),
+        ("name", [name, parts.muted(where) if where else None]),
         ("plotted", charts.interval(axis, check, f"{name}, {check.source}", grid=False)),
-        ("right", parts.figure(check.measure.text(check.loss, signed=not check.exact))),
-        ("right", parts.figure(used(check))),
+        ("measured right", parts.figure(check.measure.text(check.loss, signed=not check.exact))),
+        ("used right", parts.figure(used(check))),
         ("gate", parts.verdict(check.verdict)),
     ]
-    return parts.row(cells, "first" if first else "again", _HEAD)
+    return parts.row(cells, "first" if first else "again")
