@@ -181,5 +181,5 @@ def test_the_advertised_distance_is_that_of_the_formula():
                 if n * growth - 0.8416212 * stake * sd * math.sqrt(n) >= need:
                     found = min(found, d)
         assert detectable(n, sd, alpha, margin) == pytest.approx(found, abs=1.1e-4)
-    assert detectable(3, 0.3, 0.05, 0.03) == math.inf
+    assert detectable(3, 0.3, 0.05, 0.03) == detectable(1, 0.3, 0.05, 0.03) == math.inf
     assert 0.5 < detectable(10, 0.1, 0.05, 0.5) < 1.5  # gains count: losses go down to -1
