@@ -102,8 +102,14 @@ def plan(
 def evaluate(
     model: Annotated[str, typer.Argument(help="pkg:NAME, a folder, a .gguf, an export, a run, or org/name@revision.")],
     with_: Annotated[
-        str, typer.Option("--with", help="Evaluators, separated by commas.", autocompletion=completion.evaluators)
-    ] = "perplexity",
+        str | None,
+        typer.Option(
+            "--with",
+            help="Evaluators, separated by commas. By default a scorecard: quality, safety, robustness, efficiency "
+            "(with --windows: perplexity).",
+            autocompletion=completion.evaluators,
+        ),
+    ] = None,
     against: Annotated[str | None, typer.Option(help="A reference model to measure losses against.")] = None,
     data: Annotated[str, typer.Option(help="wiki, pydoc, file:PATH or hub:NAME.")] = "wiki",
     documents: Annotated[int, typer.Option(min=1, help="Documents to score, in seeded random order.")] = 200,
@@ -118,8 +124,11 @@ def evaluate(
     """Measure a model or an exported artifact, with intervals; decides nothing and exits 0."""
     with errors(debug), reporter(quiet) as told, code_execution(allow_code_execution):
         from compress import measure as measures
+        from compress import scorecard
 
-        names = [name.strip() for name in with_.split(",") if name.strip()]
+        card = with_ is None and windows is None
+        chosen = with_ if with_ is not None else ",".join(scorecard.DEFAULT) if card else "perplexity"
+        names = [name.strip() for name in chosen.split(",") if name.strip()]
         found = measures.evaluate(
             model,
             names,
@@ -129,12 +138,13 @@ def evaluate(
             windows=windows,
             length=length,
             dtype=dtype,
+            efficiency=card,
             progress=told.progress,
         )
     if as_json:
         print_json(found)
     else:
-        print("\n".join(_metric_lines(found)))
+        print("\n".join(scorecard.lines(found)))
 
 
 @app.command()
@@ -379,6 +389,8 @@ def _plan_lines(found: dict[str, Any]) -> list[str]:
         lines += [f"  otherwise {other['name']}  {other['size_bytes'] / 1e6:.1f} MB" for other in step["otherwise"]]
         lines += [f"  {line}" for line in _power_lines(step["checks"])]
     lines += ["release", *(f"  {line}" for line in _power_lines(found["release"]))]
+    if found["holdout"]:
+        lines += ["holdout, first use", *(f"  {line}" for line in _power_lines(found["holdout"]))]
     lines += [f"export  {entry['format']}" for entry in found["exports"]]
     lines += [f"basis of {name}: {text}" for name, text in found["basis"].items()]
     return lines + [f"warning: {warning}" for warning in found["warnings"]]
@@ -401,20 +413,4 @@ def _power_lines(checks: Sequence[dict[str, Any]]) -> list[str]:
             f"resolves {resolves} at 80 % power with {count} documents"
             + (f"; no loss is proven with {check['lossless']}" if check["lossless"] else "")
         )
-    return lines
-
-
-def _metric_lines(found: dict[str, Any]) -> list[str]:
-    lines = [f"{found['model']}  ({found['runtime']}; {found['compute']})"]
-    for metric in found["metrics"]:
-        low, high = metric["interval"]
-        line = f"{metric['metric']}  {metric['value']:.4f}"
-        if low is not None and high is not None:
-            line += f"  [{low:.4f}, {high:.4f}] at 95 %" if low < high else "  exact, on a fixed set"
-        lines.append(f"{line}  n={metric['examples']} on {metric['source']}, {metric['tokens']} tokens")
-        if loss := metric.get("against"):
-            lines.append(
-                f"  against {found['against']}: {loss['loss']:+.5f} "
-                f"[{loss['lower']:+.5f}, {loss['upper']:+.5f}] {metric['unit']}"
-            )
     return lines

@@ -18,8 +18,15 @@ from compress.errors import Corrupt, NetworkError, RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Role = Literal["calibration", "selection", "evaluation"]
-SHARES: dict[Role, float] = {"evaluation": 0.5, "calibration": 0.4, "selection": 0.1}
+Role = Literal["calibration", "selection", "evaluation", "holdout"]
+SHARES: dict[Role, float] = {"evaluation": 0.5, "calibration": 0.4, "selection": 0.1, "holdout": 0.25}  # of those asked
+# Whose documents a role must not repeat: what is trained on repeats no test, and the last test repeats no earlier one.
+APART: dict[Role, tuple[Role, ...]] = {
+    "calibration": ("evaluation", "holdout"),
+    "selection": ("evaluation", "holdout"),
+    "holdout": ("evaluation",),
+    "evaluation": (),
+}
 NGRAM = 13  # words; Brown et al. 2020, arXiv:2005.14165, appendix C, for train/test overlap
 BLOCK_CHARACTERS = 8192  # plain text is cut into blocks of about 2,048 English tokens
 
@@ -57,17 +64,26 @@ def split(requests: Sequence[Request], seed: int) -> list[Split]:
 
     A document's role and position follow from a hash of (seed, source, id) alone, so that a split does not
     change when documents are added. Calibration and selection documents that share a 13-gram of words with
-    an evaluation document of the same source are dropped and listed; across sources an overlap is refused.
+    an evaluation or holdout document of the same source are dropped and listed, holdout documents that share one
+    with an evaluation document too; across sources an overlap is refused.
     Raises RecipeError for unknown, unreadable or empty sources, naming them.
     """
     by_source = {source: documents(source) for source in dict.fromkeys(r.source for r in requests)}
     assigned = {s: _assign(s, docs, seed, [r.role for r in requests if r.source == s]) for s, docs in by_source.items()}
-    evaluated = {
-        r.source: {g: d.id for d in assigned[r.source][r.role] for g in _ngrams(d.text)}
+    tests = {
+        (r.role, r.source): {g: d.id for d in assigned[r.source][r.role] for g in _ngrams(d.text)}
         for r in requests
-        if r.role == "evaluation"
+        if r.role in ("evaluation", "holdout")
     }
-    return [_finish(request, assigned[request.source][request.role], evaluated, seed) for request in requests]
+
+    def apart_from(role: Role) -> dict[str, dict[int, str]]:
+        found: dict[str, dict[int, str]] = {}
+        for (other, source), grams in tests.items():
+            if other in APART[role]:
+                found.setdefault(source, {}).update(grams)
+        return found
+
+    return [_finish(r, assigned[r.source][r.role], apart_from(r.role), seed) for r in requests]
 
 
 def _assign(source: str, docs: Sequence[Document], seed: int, roles: Sequence[Role]) -> dict[Role, list[Document]]:
@@ -88,7 +104,7 @@ def _assign(source: str, docs: Sequence[Document], seed: int, roles: Sequence[Ro
 
 def _finish(request: Request, docs: Sequence[Document], evaluated: dict[str, dict[int, str]], seed: int) -> Split:
     kept, dropped = list(docs), []
-    if request.role != "evaluation":
+    if evaluated:
         kept = []
         own = evaluated.get(request.source, {})
         others = {source: grams for source, grams in evaluated.items() if source != request.source}

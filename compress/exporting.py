@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, provenance
+from compress import artifact, noise, provenance
 from compress.decisions import combine
 from compress.encodings import EncodedTensor, Encoding, same_stored
 from compress.errors import Corrupt, RecipeError
@@ -127,9 +127,10 @@ def _gate(
         prefill = Gate(entry.gate).evaluate(
             opened, baseline, datasets, sizes=sizes, cache=bench.store, progress=progress, distrust=bench.distrust
         )
+        decoded = decode_check(opened, datasets, progress)
         bench.close()
         parity = parity_checks(opened, bench.model(final), datasets, progress)
-        checks = [*prefill.checks, *decode_check(opened, datasets, progress), *parity]
+        checks = [*noise.above_decoding(prefill.checks, entry.gate, decoded), *decoded, *parity]
         return GateResult(verdict=combine([c.verdict for c in checks]), checks=checks).model_dump(mode="json")
 
     given = {

@@ -1,9 +1,8 @@
 """Gates: whether a model's loss against a reference is proven to stay within its margins.
 
-Each check looks at each of its sources on its own, so that the worst source decides. Documents arrive in
-their seeded random order; after every batch the bounds of a confidence sequence are compared with the margin,
-and a check stops once it is decided. The bounds hold at all looks together, so that stopping early costs no
-validity.
+Each check looks at each of its sources on its own, so that the worst source decides. Documents arrive in their seeded
+random order; after every batch the bounds of a confidence sequence are compared with the margin, and a check stops
+once it is decided. The bounds hold at all looks together, so that stopping early costs no validity.
 """
 
 from __future__ import annotations
@@ -18,7 +17,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from compress.decisions import DECISIONS, PLANNED, Decision, Rule, Verdict, by_cluster, combine, compare
 from compress.errors import GateInconclusive, RecipeError
-from compress.interfaces import P_VALUE, Documents, Evaluator, Example, LanguageModel, Progress, Sample, Score
+from compress.interfaces import (
+    P_REGRESSION,
+    P_VALUE,
+    Aspect,
+    Documents,
+    Evaluator,
+    Example,
+    LanguageModel,
+    Progress,
+    Sample,
+    Score,
+)
+from compress.numerics import betting
 from compress.numerics.paired import holm
 from compress.scoring import Memo, ScoreCache, batches, cached_scores
 
@@ -41,7 +52,8 @@ class CheckResult(BaseModel):
 
     loss, lower and upper are in `unit`; `upper` holds at the level that PASS needs, `lower` at the one that
     FAIL needs (see `Gate.evaluate`). reference and value are the metric itself. `source` is "files" for a
-    quantity of the files. An INVALID check says why in `definition`.
+    quantity of the files. An INVALID check says why in `definition`. review: why somebody must look at this
+    result before it counts, or empty.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +74,8 @@ class CheckResult(BaseModel):
     verdict: Verdict
     definition: str
     details: dict[str, Figure] = Field(default_factory=dict)
+    review: str = ""
+    aspect: Aspect = "quality"
     samples: list[Sample] = Field(default_factory=list)
 
 
@@ -128,11 +142,12 @@ class Gate:
         groups = _by_source(trials)
         for i, group in enumerate(groups):
             _run(group, cache, _share(progress, i, len(groups)))
-        results = []
+        found = []
         for check in self.checks:
             own = [trial.result() for trial in trials if trial.check is check]
-            results += own or [_exact(check, sizes) if check.statistic == "exact" else _without_source(check)]
-        return GateResult(verdict=combine([result.verdict for result in results]), checks=_corrected(results))
+            found += own or [_exact(check, sizes) if check.statistic == "exact" else _without_source(check)]
+        results = [_without_regression(result) for result in _corrected(found)]
+        return GateResult(verdict=combine([result.verdict for result in results]), checks=results)
 
 
 class Trial:
@@ -195,7 +210,9 @@ class Trial:
     @property
     def open(self) -> bool:
         """Whether it looks at further documents."""
-        return self.decision.verdict == "INCONCLUSIVE" and self.documents < self.limit
+        # Where any loss is forbidden, one within the margin may still be found.
+        undecided = ("INCONCLUSIVE", "PASS") if self.check.forbids_any_loss else ("INCONCLUSIVE",)
+        return self.decision.verdict in undecided and self.documents < self.limit
 
     @property
     def done(self) -> float:
@@ -271,9 +288,33 @@ class Trial:
             decision = replace(decision, verdict="INVALID", reason=reason)
         if decision.verdict == "PASS" and (doubt := self.check.doubt(self.new, self.old)):
             decision = replace(decision, verdict="INVALID", reason=doubt)
+        review = self._review(decision)
+        if review:
+            decision = replace(decision, verdict="INCONCLUSIVE")
         result = _result(self.check, self.data.source, decision, self.new, self.old)
-        details = {**self.figures, **result.details}
-        return result.model_copy(update={"details": details, "samples": self._samples()})
+        details = {**self.figures, **result.details, **self._regression()}
+        return result.model_copy(update={"details": details, "review": review, "samples": self._samples()})
+
+    def _regression(self) -> dict[str, float]:
+        """The p-value of no loss at all, where the check asks for it and could be decided."""
+        if not self.check.forbids_any_loss or self.decision.verdict == "INVALID" or not self.new:
+            return {}
+        losses = np.array([new.total - old.total for new, old in zip(self.new, self.old, strict=True)])
+        weights = np.array([s.weight for s in self.new])
+        means = by_cluster(self.clusters, losses) / by_cluster(self.clusters, weights)
+        return {P_REGRESSION: betting.p_value(means, 0.0)}
+
+    def _review(self, decision: Decision) -> str:
+        """Why a pass is too good to be taken without question: its bound proves a gain beyond what is plausible.
+
+        What a step wins back from its own parent is no such gain.
+        """
+        check, bound = self.check, -self.check.plausible_gain
+        if decision.verdict != "PASS" or check.against != "baseline" or not decision.upper < bound:
+            return ""
+        proven = f"a gain beyond {check.display(bound)} is proven, and compression adds no knowledge"
+        causes = "evaluation text in the training data, a broken baseline, or training that is meant to adapt"
+        return f"{proven}; look for {causes}, and raise max_gain where it is the last"
 
     def _samples(self) -> list[Sample]:
         kept = len(self.examples)
@@ -315,15 +356,24 @@ def _share(progress: Progress, i: int, count: int) -> Progress:
 
 def _corrected(results: Sequence[CheckResult]) -> list[CheckResult]:
     """With p-values that answer, for all of them together, on which task anything changed."""
-    testing = [result for result in results if P_VALUE in result.details]
-    p_values = holm([result.details[P_VALUE] for result in testing])
-    if len(testing) < 2:
-        return list(results)
-    adjusted = {id(result): p for result, p in zip(testing, p_values, strict=True)}
-    return [
-        r.model_copy(update={"details": {**r.details, f"{P_VALUE}, Holm": adjusted[id(r)]}}) if id(r) in adjusted else r
-        for r in results
-    ]
+    corrected = list(results)
+    for name in (P_VALUE, P_REGRESSION):
+        testing = [i for i, result in enumerate(corrected) if name in result.details]
+        adjusted = holm([corrected[i].details[name] for i in testing])
+        for i, p in zip(testing, adjusted, strict=True):
+            if len(testing) > 1:
+                details = {**corrected[i].details, f"{name}, Holm": p}
+                corrected[i] = corrected[i].model_copy(update={"details": details})
+    return corrected
+
+
+def _without_regression(result: CheckResult) -> CheckResult:
+    """FAIL where any loss is forbidden and one is proven on this source, corrected for all that were looked at."""
+    p = result.details.get(f"{P_REGRESSION}, Holm", result.details.get(P_REGRESSION, 1.0))
+    if not p <= 1 - result.confidence:
+        return result
+    why = f"a loss is proven here (p {p:.2g} after Holm's correction), and the check forbids any"
+    return result.model_copy(update={"verdict": "FAIL", "review": why})
 
 
 def _pick(check: Evaluator, baseline: LanguageModel, parent: LanguageModel | None) -> LanguageModel:
@@ -366,11 +416,7 @@ def _without_source(check: Evaluator) -> CheckResult:
 
 
 def _result(
-    check: Evaluator,
-    source: str,
-    decision: Decision,
-    new: Sequence[Score] = (),
-    old: Sequence[Score] = (),
+    check: Evaluator, source: str, decision: Decision, new: Sequence[Score] = (), old: Sequence[Score] = ()
 ) -> CheckResult:
     return CheckResult(
         metric=check.name,
@@ -389,7 +435,14 @@ def _result(
         verdict=decision.verdict,
         definition=check.definition + (f" Invalid here: {decision.reason}." if decision.reason else ""),
         details=check.details(new, old) if new else {},
+        aspect=check.aspect,
     )
+
+
+def invalidated(result: CheckResult, reason: str) -> CheckResult:
+    """A result that turned out to mean nothing."""
+    definition = f"{result.definition} Invalid here: {reason}."
+    return result.model_copy(update={"verdict": "INVALID", "definition": definition})
 
 
 def _value(check: Evaluator, scores: Sequence[Score]) -> float:

@@ -6,6 +6,7 @@ torch, so that recipes are validated, and cached runs answered, without it: heav
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 P_VALUE = "p of no change (exact McNemar)"
 """Among the details of a check: the p-value of a fixed sample, which a gate corrects for the number of its checks."""
+P_REGRESSION = "p of no regression (at every look)"
+"""The same, valid although the gate stops when it likes: what `Evaluator.forbids_any_loss` is decided by."""
+
+Aspect = Literal["quality", "safety", "robustness", "efficiency"]
+"""What a metric says about a model; a scorecard has a part for each, and never sums them up."""
 
 Progress = Callable[[str, float], None]
 """Called with a label and the finished fraction in [0, 1]."""
@@ -246,6 +252,7 @@ class Evaluator(Plugin, ABC):
     definition: ClassVar[str]  # one sentence, printed in reports
     statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "mean"
     minimum_examples: ClassVar[int] = 50  # clusters, where examples share one
+    aspect: ClassVar[Aspect] = "quality"  # of a scorecard, where what it measures is listed
     timed: ClassVar[bool] = False  # depends on the clock: it judges exports alone, and no artifact carries its figures
     whole: ClassVar[bool] = False  # weighs documents: their windows have no score of their own
     relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)
@@ -262,6 +269,22 @@ class Evaluator(Plugin, ABC):
     @abstractmethod
     def margin(self) -> float:
         """Largest loss that passes, in the additive unit per unit of weight."""
+
+    @property
+    def plausible_gain(self) -> float:
+        """Largest gain over the baseline that passes without question, as a negative loss; infinite by default.
+
+        Compression adds no knowledge: a larger gain, once proven, has another cause that somebody must look at.
+        """
+        return math.inf
+
+    @property
+    def forbids_any_loss(self) -> bool:
+        """Whether a proven loss fails it on any source, within the margin or not, corrected for their number.
+
+        For checks that are decided by "betting".
+        """
+        return False
 
     @property
     def window(self) -> int:

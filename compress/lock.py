@@ -50,13 +50,13 @@ def hold(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with _guarded(folder):
+        with guarded(folder):
             if _holder(folder) == me:
                 (folder / FILE).unlink()
 
 
 def _take(folder: Path, me: Process) -> None:
-    with _guarded(folder):
+    with guarded(folder):
         other = _holder(folder)
         if other is not None and other.may_live():
             where = "" if other.host == me.host else f" on {other.host}"
@@ -68,7 +68,7 @@ def _take(folder: Path, me: Process) -> None:
 
 
 @contextmanager
-def _guarded(folder: Path) -> Iterator[None]:
+def guarded(folder: Path) -> Iterator[None]:
     """Alone with the lock's file, for as long as it takes to look at it and to replace it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

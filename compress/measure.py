@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress import data as data_module
-from compress import opening, plugin
+from compress import opening, plugin, scorecard
 from compress.decisions import by_cluster
 from compress.errors import GateInconclusive, RecipeError
 from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Score
@@ -150,6 +150,7 @@ def _summary(evaluator: Evaluator, source: str, scored: _Scored) -> Metric:
         examples=len(scored.new),
         tokens=round(float(weights.sum())),
         definition=evaluator.definition,
+        aspect=evaluator.aspect,
         against=against,
     )
 
@@ -213,13 +214,14 @@ def evaluate(
     windows: int | None = None,
     length: int = 512,
     dtype: str = "float32",
+    efficiency: bool = False,
     progress: Progress = lambda label, fraction: None,
 ) -> dict[str, Any]:
     """Metrics of a model, or of an exported artifact in its runtime; see `open_model` and `measure`.
 
     model, against: what `open_model` takes, or a model that is open already (and stays so). Returns {model,
-    runtime, compute, against, metrics}; an open model is named by its digest. Raises RecipeError for unknown
-    evaluators, and for relative ones (divergence) without a reference.
+    runtime, compute, against, metrics}; an open model is named by its digest. efficiency: add size and speed.
+    Raises RecipeError for unknown evaluators, and for relative ones (divergence) without a reference.
     """
     if dtype not in ("float32", "bfloat16"):
         raise RecipeError(f"dtype {dtype!r}; expected float32 or bfloat16")
@@ -246,6 +248,8 @@ def evaluate(
         for e in evaluators
         for part in _limited(e.sources([data]), documents)
     ]
+    if efficiency:
+        metrics += scorecard.efficiency(opened, _path(model), reference, _path(against))
     return {
         "model": _named(model),
         "runtime": opened.runtime,
@@ -253,6 +257,10 @@ def evaluate(
         "against": None if against is None else _named(against),
         "metrics": [m.model_dump(mode="json") for m in metrics],
     }
+
+
+def _path(model: str | LanguageModel | None) -> Path | None:
+    return Path(model).expanduser() if isinstance(model, str) else None
 
 
 def _named(model: str | LanguageModel) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compress import holdout
 from compress.architectures import Facts
 from compress.data import Split, split
 from compress.decisions import minimum_detectable
@@ -89,6 +90,9 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         stored |= entry.step.encodings(now)
         now = entry.step.facts_after(now)
     release = _powers(recipe.release, 1, datasets)
+    held: list[dict[str, Any]] = []
+    if recipe.data.holdout is not None:  # its first use; each further one proves less
+        held = _powers(holdout.checks(recipe)[0], holdout.attempts(1), evaluation(parts, "holdout"))
     return {
         "recipe": recipe.name,
         "model": recipe.model,
@@ -96,9 +100,10 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         "baseline": baseline,
         "steps": steps,
         "release": release,
+        "holdout": held,
         "exports": [{"format": e.exporter.name, "params": e.exporter.model_dump(mode="json")} for e in recipe.export],
         "basis": {"size": SIZE_BASIS, "seconds": TIME_BASIS, "memory": MEMORY_BASIS, "power": POWER_BASIS},
-        "warnings": warnings + _power_warnings("release", release),
+        "warnings": warnings + _power_warnings("release", release) + _power_warnings("holdout", held),
     }
 
 

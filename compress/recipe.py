@@ -61,11 +61,12 @@ class Selection(DataSource):
 
 
 class Data(_Frozen):
-    """The three disjoint uses of text."""
+    """The disjoint uses of text. holdout: what the final model alone sees, once; see `compress.holdout`."""
 
     calibration: Calibration = Calibration()
     selection: Selection = Selection()
     evaluation: tuple[DataSource, ...] = Field((DataSource(source="wiki"),), min_length=1)
+    holdout: DataSource | None = None
 
     @field_validator("evaluation")
     @classmethod

@@ -11,6 +11,9 @@ from compress.assay import Assay
 from compress.decisions import Verdict
 from compress.errors import Corrupt, RecipeError
 from compress.gate import CheckResult, Figure, GateResult
+from compress.holdout import Holdout
+from compress.interfaces import Aspect
+from compress.noise import Noise
 
 FILE = "run.json"
 SCHEMA = "compress.run/1"
@@ -32,6 +35,7 @@ class Metric(_Record):
     examples: int
     tokens: int
     definition: str
+    aspect: Aspect = "quality"
     against: dict[str, Figure] | None = None  # loss, lower, upper, where a reference was given
 
 
@@ -56,6 +60,7 @@ class Attempt(_Record):
     size_bytes: int
     bits_per_weight: float
     notes: list[str]
+    unchanged: bool = False  # every stored tensor is its parent's, bit for bit
 
 
 class StepRecord(_Record):
@@ -75,6 +80,7 @@ class StepRecord(_Record):
     gate_off: list[str]
     notes: list[str]
     attempts: list[Attempt]
+    unchanged: bool = False
     layer_errors: dict[str, Figure] = Field(default_factory=dict)  # linear → ‖y − y'‖² / ‖y‖², where accepted
     encodings: dict[str, str] = Field(default_factory=dict)  # linear or embedding → encoding, where accepted
 
@@ -122,8 +128,10 @@ class RunRecord(_Record):
     data: list[dict[str, Any]] = Field(default_factory=list)
     baseline: Baseline | None = None
     assays: list[Assay] = Field(default_factory=list)
+    noise: list[Noise] = Field(default_factory=list)  # of the baseline's own scores, asked twice
     steps: list[StepRecord] = Field(default_factory=list)
     release: GateResult | None = None
+    holdout: Holdout | None = None  # of the final model, where the recipe keeps one
     exports: list[ExportRecord] = Field(default_factory=list)
 
     def to_json(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import artifact, data, environment, exporting, lock, publishing, recipe_data, refusals, source
+from compress import artifact, data, environment, exporting, holdout, lock, publishing, recipe_data, refusals, source
 from compress.decisions import combine
 from compress.errors import exit_code, one_line
 from compress.gate import GateResult
@@ -23,6 +23,7 @@ from compress.store import Store, key_of, write_atomic
 from compress.workbench import Reporter, Workbench
 
 UNFINISHED = "not finished: in progress, or killed; run the same command again to resume"
+UNCHANGED = "changed nothing: every stored tensor is its parent's, bit for bit"
 _STATUS = {
     "PASS": ("passed", 0),
     "FAIL": ("failed", 3),
@@ -43,6 +44,8 @@ def apply(
     for everything else, after writing what is known.
     """
     reporter = reporter or Reporter()
+    if recipe.data.holdout is not None:
+        holdout.checks(recipe)  # that some of them read it
     opened = source.download(source.resolve(recipe.model))
     splits = data.split(recipe_data.requests(recipe), recipe.seed)
     key = _run_key(recipe, source.digest(opened), [s.digest for s in splits])
@@ -98,6 +101,7 @@ class _Work:
         recipe = self.bench.recipe
         self.record.baseline = self.bench.open_baseline()
         self.record.assays = [found for own in self.bench.assays.values() for found in own]
+        self.record.noise = [found for own in self.bench.noises.values() for found in own]
         parent = self.bench.baseline
         for entry in recipe.steps:
             accepted = self._step(entry, parent)
@@ -108,9 +112,28 @@ class _Work:
         self._say_gate("release", self.record.release)
         if self.record.release.verdict != "PASS":
             return self._conclude(self.record.release)
+        self._look_at_holdout(parent)
+        if self.record.holdout is not None and self.record.holdout.gate.verdict != "PASS":
+            return self._conclude(self.record.holdout.gate)
         self._export(parent)
         verdict = combine([self.record.release.verdict, *(e.gate.verdict for e in self.record.exports)])
         return self._conclude(GateResult(verdict=verdict, checks=[]))
+
+    def _look_at_holdout(self, final: Path) -> None:
+        """Let the final model see the holdout, if the recipe keeps one, and put that on record beforehand."""
+        bench, recipe = self.bench, self.bench.recipe
+        for held in recipe_data.evaluation(bench.splits, "holdout"):
+            checks, left_out = holdout.checks(recipe)
+            baseline, model = artifact.digest(bench.baseline), artifact.digest(final)
+            use, before = holdout.spend(bench.store, baseline, held, model, recipe.name)
+            divided = holdout.attempts(use)
+            if before:
+                seen = f"{len(before)} models before this one have seen it ({', '.join(dict.fromkeys(before))})"
+                bench.reporter.say(f"warning: the holdout is not fresh: {seen}; the allowed error is 1/{divided}")
+            gate = bench.gate(checks, final, parent=None, label="holdout", attempts=divided, datasets=[held])
+            facts = {"source": held.source, "documents": len(held.documents), "digest": held.digest}
+            self.record.holdout = holdout.Holdout(use=use, before=before, left_out=left_out, gate=gate, **facts)
+            self._say_gate(f"holdout, use {use}", gate)
 
     def _conclude(self, gate: GateResult | None) -> None:
         assert gate is not None
@@ -129,7 +152,9 @@ class _Work:
             gate = None
             if entry.gate:
                 gate = self.bench.gate(entry.gate, folder, parent, step.name, len(entry.attempts))
-            attempts.append(_attempt(step, gate, folder, made))
+            attempts.append(_attempt(step, gate, folder, made, parent))
+            if attempts[-1].unchanged:
+                self.bench.reporter.say(f"warning: {step.name} {_brief(step)} {UNCHANGED}")
             accepted = gate is None or gate.verdict == "PASS"
             self._say_gate(f"{step.name} {_brief(step)}", gate)
             if accepted:
@@ -200,6 +225,8 @@ class _Work:
             f"{c.metric} {c.loss:+.4f} ≤ {c.upper:+.4f} (margin {c.margin:.4f}, n={c.examples})" for c in gate.checks
         )
         self.bench.reporter.say(f"  {gate.verdict}  {label}: {shown}")
+        for c in (c for c in gate.checks if c.review):
+            self.bench.reporter.say(f"  review: {c.metric} on {c.source}: {c.review}")
 
     # --- exports -----------------------------------------------------------------------------------------
 
@@ -220,8 +247,9 @@ class _Work:
                     made.path = f"artifacts/{name}"
 
 
-def _attempt(step: Step, gate: GateResult | None, folder: Path, made: dict[str, Any]) -> Attempt:
+def _attempt(step: Step, gate: GateResult | None, folder: Path, made: dict[str, Any], parent: Path) -> Attempt:
     facts = artifact.manifest(folder)
+    unchanged = facts["model_digest"] == artifact.manifest(parent)["model_digest"]
     return Attempt(
         name=step.name,
         params=step.model_dump(mode="json"),
@@ -231,7 +259,8 @@ def _attempt(step: Step, gate: GateResult | None, folder: Path, made: dict[str, 
         cached=made["cached"],
         size_bytes=facts["size_bytes"],
         bits_per_weight=facts["bits_per_weight"],
-        notes=made["notes"],
+        notes=[*made["notes"], *([UNCHANGED] if unchanged else [])],
+        unchanged=unchanged,
     )
 
 

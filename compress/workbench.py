@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, assay, data, environment, inspection, recipe_data, source
+from compress import artifact, assay, data, environment, inspection, noise, recipe_data, source
 from compress.assay import Assay
 from compress.errors import Corrupt, RecipeError
 from compress.gate import Gate, GateResult, Sizes
 from compress.interfaces import Documents, Evaluator, Progress
 from compress.measure import measure
+from compress.noise import Noise
 from compress.plugin import evaluator
 from compress.recipe import Recipe
 from compress.record import Baseline, Metric
@@ -44,6 +45,7 @@ class Workbench:
     splits: Sequence[data.Split]
     baseline: Path = Path()
     assays: dict[str, list[Assay]] = field(default_factory=dict)  # settings of a check → its assays
+    noises: dict[str, list[Noise]] = field(default_factory=dict)  # settings of a check but its margin → its noise
     _open: dict[str, Model] = field(default_factory=dict)  # artifact path → model, the latest two
     _recalled: Recalled | None = None  # of the baseline, which may be closed and opened again
 
@@ -59,6 +61,7 @@ class Workbench:
             model.close()
         self.baseline = folder
         self._assay()  # first: it scores the documents of the baseline's figures
+        self._measure_noise()
         return Baseline(
             model=self.recipe.model,
             digest=artifact.digest(folder),
@@ -82,32 +85,51 @@ class Workbench:
     def _assay(self) -> None:
         """Plant a loss for every check of the recipe, unless the store knows what came of it."""
         checks = {_settings(c): c for c in reversed(self.recipe.checks()) if c.statistic not in ("exact", "census")}
-        datasets = self.evaluation()
-        facts = {"baseline": artifact.digest(self.baseline), **self.conditions(*datasets)}
-        keys = {name: key_of({"assay": name, **facts}) for name in checks}
-        found = {name: self.store.get(key) for name, key in keys.items()}
-        missing = [name for name in checks if found[name] is None]
-        if missing:
-            chosen, progress = [checks[name] for name in missing], self.progress("assay")
-            baseline = self.model(self.baseline)
-            made = assay.examine(chosen, baseline, datasets, cache=self.store, progress=progress)
-            for name, own in zip(missing, made, strict=True):
-                found[name] = [a.model_dump(mode="json") for a in own]
-                self.store.put(keys[name], found[name])
-        self.assays = {name: [Assay.model_validate(a) for a in found[name] or []] for name in reversed(checks)}
+        found = self._examined("assay", checks, assay.examine)
+        self.assays = {name: [Assay.model_validate(a) for a in found[name]] for name in reversed(checks)}
         for a in [a for own in self.assays.values() for a in own if a.verdict == "MISSED"]:
             self.reporter.say(f"warning: {a.metric} on {a.source} means nothing here: {a.reason}")
 
+    def _measure_noise(self) -> None:
+        """What identical weights lose in every check of the recipe, once per host, dtype and versions."""
+        checks = {_settings_of_noise(c): c for c in self.recipe.checks() if noise.applies(c)}
+        found = self._examined("noise", checks, noise.measure)
+        self.noises = {name: [Noise.model_validate(n) for n in found[name]] for name in checks}
+        for check in {_settings(c): c for c in self.recipe.checks()}.values():
+            for n, reason in self._below_noise(check):
+                self.reporter.say(f"warning: {check.name} on {n.source} means nothing here: {reason}")
+
+    def _examined(self, what: str, checks: dict[str, Evaluator], examine: Callable[..., Any]) -> dict[str, list[Any]]:
+        """What `examine` finds out about checks on the baseline, each as plain values; from the store where known."""
+        datasets = self.evaluation()
+        facts = {"baseline": artifact.digest(self.baseline), **self.conditions(*datasets)}
+        keys = {name: key_of({what: name, **facts}) for name in checks}
+        found = {name: self.store.get(key) for name, key in keys.items()}
+        missing = [name for name in checks if found[name] is None]
+        if missing:
+            chosen, baseline = [checks[name] for name in missing], self.model(self.baseline)
+            made = examine(chosen, baseline, datasets, cache=self.store, progress=self.progress(what))
+            for name, own in zip(missing, made, strict=True):
+                found[name] = [a.model_dump(mode="json") for a in own]
+                self.store.put(keys[name], found[name])
+        return {name: own or [] for name, own in found.items()}
+
     def distrust(self, check: Evaluator, source: str) -> str:
-        """Why a check of the recipe means nothing on a source, as its assay found; empty where it does."""
-        return next((a.reason for a in self._missed(check) if a.source == source), "")
+        """Why a check of the recipe means nothing on a source, as assay or noise showed; empty where it does."""
+        missed = [a.reason for a in self._missed(check) if a.source == source]
+        return next(iter([*missed, *(reason for n, reason in self._below_noise(check) if n.source == source)]), "")
 
     def distrusted(self, checks: Sequence[Evaluator]) -> list[Any]:
         """All of these, as keys of caches hold them."""
-        return [a.model_dump(mode="json") for check in checks for a in self._missed(check)]
+        missed = [a.model_dump(mode="json") for check in checks for a in self._missed(check)]
+        return missed + [[n.source, reason] for check in checks for n, reason in self._below_noise(check)]
 
     def _missed(self, check: Evaluator) -> list[Assay]:
         return [a for a in self.assays.get(_settings(check), []) if a.verdict == "MISSED"]
+
+    def _below_noise(self, check: Evaluator) -> list[tuple[Noise, str]]:
+        known = self.noises.get(_settings_of_noise(check), [])
+        return [(n, reason) for n in known if (reason := noise.refusal(check, n))]
 
     def recorded(self, facts: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """A stored value by what determines it, computed where it is absent."""
@@ -193,12 +215,21 @@ class Workbench:
         }
 
     def gate(
-        self, checks: Sequence[Evaluator], folder: Path, parent: Path | None, label: str, attempts: int = 1
+        self,
+        checks: Sequence[Evaluator],
+        folder: Path,
+        parent: Path | None,
+        label: str,
+        attempts: int = 1,
+        datasets: Sequence[Documents] = (),
     ) -> GateResult:
-        """The verdict on an artifact against the baseline and, where a check asks for it, against its parent."""
+        """The verdict on an artifact against the baseline and, where a check asks for it, against its parent.
+
+        datasets: what is looked at, by default the evaluation sources.
+        """
         facts = artifact.manifest(folder)
         asked = parent if any(c.against == "parent" for c in checks) else None
-        datasets = self.evaluation()
+        datasets = datasets or self.evaluation()
 
         def compute() -> Any:
             baseline = self.model(self.baseline)
@@ -248,3 +279,7 @@ def _packed(part: data.Split, model: Model) -> list[Tensor]:
 
 def _settings(check: Evaluator) -> str:
     return key_of({"settings": assay.settings(check)})
+
+
+def _settings_of_noise(check: Evaluator) -> str:
+    return key_of({"settings": noise.settings(check)})

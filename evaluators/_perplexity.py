@@ -14,14 +14,20 @@ class PerplexityIncrease(Evaluator):
     """Base of evaluators whose loss is an increase of perplexity, as a difference in nats per token."""
 
     unit: ClassVar[str] = "nats per token"
-    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_increase"})
+    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_increase", "max_gain"})
 
     max_increase: Percent
+    max_gain: Percent = 0.1  # a fall of perplexity that is proven to be larger needs a review
 
     @property
     def margin(self) -> float:
         """ln(1 + max_increase), in nats per token."""
         return math.log1p(self.max_increase)
+
+    @property
+    def plausible_gain(self) -> float:
+        """-ln(1 − max_gain), in nats per token."""
+        return -math.log1p(-self.max_gain) if self.max_gain < 1 else math.inf
 
     def display(self, loss: float) -> str:
         """The loss as a relative change of perplexity, e.g. "+3.2 %"."""

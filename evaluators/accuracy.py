@@ -81,6 +81,7 @@ class Accuracy(Drop):
         "difference in the fraction of wrong answers, averaged per cluster, over the groups on which the reference "
         "exceeds chance by three margins; exact at every look."
     )
+    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_drop", "max_gain", "no_regression"})
     planted: ClassVar[Literal["nll", "kl", "answers"] | None] = "answers"
     QUALIFYING: ClassVar[int] = 32  # clusters per group, of which the first item is looked at
     SHOWN: ClassVar[int] = 4  # flips of each direction
@@ -89,6 +90,8 @@ class Accuracy(Drop):
     tasks: tuple[str, ...] = Field(("minimal_pairs", "cloze"), min_length=1, strict=False)
     task_path: str | None = None  # of the user's own task YAML for lm_eval: a folder, or one file
     metric: str | None = None  # of lm_eval's tasks: "acc_norm", or with a filter "exact_match,strict-match"
+    no_regression: bool = False  # fail, too, where any loss at all is proven on any task (Holm), however small
+    max_gain: float = Field(10.0, gt=0, le=100, allow_inf_nan=False)  # points; beyond, a proven gain needs a review
 
     @field_validator("tasks")
     @classmethod
@@ -115,6 +118,16 @@ class Accuracy(Drop):
                     f"({TASKS[task].chance:.0%}) by three such margins; use a smaller one"
                 )
         return self
+
+    @property
+    def forbids_any_loss(self) -> bool:
+        """Where the recipe says `no_regression: true`."""
+        return self.no_regression
+
+    @property
+    def plausible_gain(self) -> float:
+        """Largest rise of accuracy, as a fraction."""
+        return self.max_gain / 100
 
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """One source per task that brings its items along, and one per evaluation source for the others.

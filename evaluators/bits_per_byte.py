@@ -25,15 +25,21 @@ class BitsPerByte(WindowEvaluator):
         "token; windows overlap by one token, so that each token is predicted once; the loss is the paired "
         "difference. What is counted as tokens are bytes."
     )
-    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_increase"})
+    margin_fields: ClassVar[frozenset[str]] = frozenset({"max_increase", "max_gain"})
     whole: ClassVar[bool] = True
 
     max_increase: float = Field(gt=0, le=8, allow_inf_nan=False)  # bits per byte
+    max_gain: float = Field(0.1, gt=0, allow_inf_nan=False)  # a fall that is proven to be larger needs a review
 
     @property
     def margin(self) -> float:
         """Largest increase, in bits per byte."""
         return self.max_increase
+
+    @property
+    def plausible_gain(self) -> float:
+        """Largest fall, in bits per byte."""
+        return self.max_gain
 
     def encoder(self, model: LanguageModel) -> Callable[[str], list[int]]:
         """The model's own, which also knows what stands before a document."""

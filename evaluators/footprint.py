@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compress.interfaces import Evaluator
+from compress.interfaces import Aspect, Evaluator
 
 _MEGABYTE = 1e6  # bytes, as file managers and model cards count
 
@@ -15,6 +15,7 @@ class Footprint(Evaluator):
     """File size in MB (1,000,000 bytes) and bits per weight; with both bounds, the tighter one decides."""
 
     name: ClassVar[str] = "footprint"
+    aspect: ClassVar[Aspect] = "efficiency"
     unit: ClassVar[str] = "of the allowed footprint"
     definition: ClassVar[str] = (
         "size of the files and bits per weight (scales, zero points and embeddings counted), each divided by "

@@ -10,7 +10,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from compress.errors import GateInconclusive
-from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Score, Streaming
+from compress.interfaces import Aspect, Documents, Evaluator, Example, LanguageModel, Score, Streaming
 
 TEXT = "The small boat left the harbour before the sun had risen."
 ROUNDS = 400
@@ -25,6 +25,7 @@ class Latency(Evaluator):
     """
 
     name: ClassVar[str] = "latency"
+    aspect: ClassVar[Aspect] = "efficiency"
     unit: ClassVar[str] = "log ratio of times"
     definition: ClassVar[str] = (
         "time per token decoded through the key-value cache after a prompt, in the artifact's runtime, divided by the "

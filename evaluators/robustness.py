@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compress.errors import RecipeError
-from compress.interfaces import Documents
+from compress.interfaces import Aspect, Documents
 from compress.plugin import nearest
 from evaluators._perturb import KINDS, perturbed
 from evaluators.accuracy import TASKS, Accuracy
@@ -22,6 +22,7 @@ class Robustness(Accuracy):
     """
 
     name: ClassVar[str] = "robustness"
+    aspect: ClassVar[Aspect] = "robustness"
     version: ClassVar[int] = 1
     definition: ClassVar[str] = (
         "accuracy on items whose text before the answer is perturbed, as the source says, by a seed of their own; "

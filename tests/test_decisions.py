@@ -9,7 +9,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from compress.decisions import Rule, combine, compare, decide, decide_by_census, interval, minimum_detectable
+from compress.decisions import (
+    Rule,
+    combine,
+    compare,
+    decide,
+    decide_by_betting,
+    decide_by_census,
+    interval,
+    minimum_detectable,
+)
 from compress.numerics.sequences import detectable, mixture_variance, width
 from evaluators.footprint import Footprint
 from evaluators.long_context import LongContext
@@ -252,3 +261,27 @@ def test_minimum_detectable_is_in_the_units_of_the_gate():
     assert minimum_detectable(check, 49, 0.1) == math.inf
     assert minimum_detectable(Footprint(max_mb=80), 1, 0.1) == 0
     assert minimum_detectable(LongContext(max_increase="15%"), 1, 0.1) == 0
+
+
+# --- betting -----------------------------------------------------------------------------------------------
+
+
+def test_betting_decides_at_its_minimum_and_not_before():
+    rule, lost = replace(RULE, margin=0.5), np.zeros(60)
+    lost[::3] = -1.0
+    before, at = (decide_by_betting(lost[:n], np.ones(n), rule, identical=False) for n in (49, 50))
+    assert before.verdict == "INCONCLUSIVE" and math.isnan(before.upper) and before.loss < 0
+    assert at.verdict == "PASS" and at.lower < at.loss < at.upper <= 0.5
+    assert decide_by_betting(lost[:0], np.ones(0), rule, identical=False).verdict == "INCONCLUSIVE"
+
+
+def test_identical_weights_excuse_answers_without_flips_alone():
+    zeros, ones = np.zeros(60), np.ones(60)
+    same = decide_by_betting(zeros, ones, RULE, identical=True)
+    assert (same.verdict, same.lower, same.upper) == ("PASS", 0.0, 0.0)  # known, not estimated
+    other = decide_by_betting(zeros, ones, RULE, identical=False)
+    assert other.lower < 0 < other.upper  # no flip among 60 is evidence, and no more
+    flipped = zeros.copy()
+    flipped[0] = 1.0
+    noisy = decide_by_betting(flipped, ones, RULE, identical=True)
+    assert noisy.lower < noisy.loss < noisy.upper and noisy.loss == pytest.approx(1 / 60)

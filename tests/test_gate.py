@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from compress.decisions import Rule
+from compress.decisions import Decision, Rule
 from compress.errors import RecipeError
-from compress.gate import CheckResult, Gate, GateResult, Sizes
-from compress.interfaces import Documents, Sample
+from compress.gate import CheckResult, Gate, GateResult, Sizes, Trial
+from compress.interfaces import P_REGRESSION, Documents, Sample, Score
+from compress.numerics.paired import holm
 from compress.numerics.sequences import mixture_variance, width
 from compress.scoring import Memo, batches, cached_scores, score_key
 from evaluators.divergence import Divergence
@@ -237,6 +238,89 @@ def test_exact_checks_take_no_share_of_the_error(baseline, near):
     assert beside.checks[1] == alone.checks[0]
 
 
+class Gaining(Perplexity):
+    """Perplexity of a model that knows the answers: its scores are better by 0.2 nats per token."""
+
+    def score(self, model, batch, reference=None):
+        gain = 0.0 if model.digest == tiny_model().digest else 0.2
+        return [replace(s, total=s.total - gain * s.weight) for s in super().score(model, batch)]
+
+
+def test_a_gain_too_good_to_be_true_does_not_pass_unseen(baseline, near):
+    result = gate(Gaining(max_increase="5%"), DIVERGENCE).evaluate(near, baseline, [documents(160)])
+    found, other = result.checks
+    assert found.verdict == result.verdict == "INCONCLUSIVE" and other.verdict == "PASS"
+    assert found.upper < math.log(0.9) and "-10.0 % is proven" in found.review and "max_gain" in found.review
+    assert "Invalid" not in found.definition and other.review == ""
+    allowed = Gaining(max_increase="5%", max_gain="30%")
+    (check,) = gate(allowed).evaluate(near, baseline, [documents(160)]).checks
+    assert check.verdict == "PASS" and check.review == "" and check.loss == found.loss
+
+
+def test_what_a_step_wins_back_from_its_parent_is_no_such_gain(baseline, near, far):
+    check = Perplexity(max_increase="5%", against="parent", max_gain="0.1%")
+    parent = perturbed(far, 1.0)
+    (found,) = gate(check).evaluate(near, baseline, [documents(160)], parent=parent).checks
+    assert found.verdict == "PASS" and found.upper < -check.plausible_gain and found.review == ""
+
+
+@given(gain=st.floats(0.001, 0.9), max_gain=st.floats(0.001, 0.9))
+def test_a_gain_on_a_fixed_set_is_reviewed_just_where_it_exceeds_the_bound(gain, max_gain):
+    check = Whole(max_increase="5%", max_gain=max_gain)
+    trial = object.__new__(Trial)
+    trial.check = check
+    loss = math.log1p(-gain)
+    review = trial._review(Decision("PASS", loss, loss, loss))
+    assert bool(review) == (loss < -check.plausible_gain)
+    assert check.plausible_gain == pytest.approx(-math.log(1 - max_gain))
+    assert not any(trial._review(Decision(v, loss, loss, loss)) for v in ("FAIL", "INCONCLUSIVE", "INVALID"))
+
+
+class Answers(Perplexity):
+    """Answers of which the model, unlike the baseline, has one wrong in `every` of a source, which its name tells."""
+
+    statistic = "betting"
+    no_regression: bool = True
+
+    @property
+    def forbids_any_loss(self):
+        return self.no_regression
+
+    def score(self, model, batch, reference=None):
+        same = model.digest == tiny_model().digest
+        found = []
+        for example in batch:
+            source, i = example.id.split("-")
+            found.append(Score(example.id, float(not same and int(i) % int(source[5:]) == 0), 1.0))
+        return found
+
+
+def test_a_proven_loss_on_any_task_fails_where_none_is_allowed(baseline, near):
+    """One answer in 8 is lost on the second of three tasks, within the margin of 50 points."""
+    data = [documents(300, source=f"every{n}") for n in (301, 8, 150)]
+    strict = gate(Answers(max_increase=math.expm1(0.4))).evaluate(near, baseline, data)
+    assert [c.verdict for c in strict.checks] == ["PASS", "FAIL", "PASS"] and strict.verdict == "FAIL"
+    p = [c.details[P_REGRESSION] for c in strict.checks]
+    assert [c.details[f"{P_REGRESSION}, Holm"] for c in strict.checks] == holm(p)
+    assert p[1] < 0.001 < 0.05 < p[0] and [c.examples for c in strict.checks] == [300] * 3
+    assert "a loss is proven here" in strict.checks[1].review and strict.checks[0].review == ""
+    lenient = gate(Answers(max_increase=math.expm1(0.4), no_regression=False)).evaluate(near, baseline, data)
+    assert lenient.verdict == "PASS" and all(c.examples < 300 for c in lenient.checks)
+    assert all(P_REGRESSION not in c.details for c in lenient.checks)
+
+
+def test_the_correction_is_for_all_tasks_together(baseline, near):
+    """A loss that is proven alone is not, beside four more tasks that lost nothing."""
+    check = Answers(max_increase=math.expm1(0.4), max_documents=100)
+    lossy = documents(100, source="every9")
+    alone = gate(check).evaluate(near, baseline, [lossy]).checks[0]
+    p = alone.details[P_REGRESSION]
+    assert alone.verdict == "FAIL" and 0.01 < p <= 0.05 and f"{P_REGRESSION}, Holm" not in alone.details
+    others = [documents(100, source=f"every{n}") for n in (101, 102, 103, 104)]
+    beside = gate(check).evaluate(near, baseline, [lossy, *others])
+    assert beside.verdict == "PASS" and beside.checks[0].details[f"{P_REGRESSION}, Holm"] == pytest.approx(5 * p)
+
+
 class Whole(Perplexity):
     """Perplexity on a fixed set."""
 
@@ -294,7 +378,15 @@ def test_a_census_from_the_cache_is_as_suspicious_as_without(baseline):
 
 def test_results_have_the_keys_of_a_check():
     keys = "metric unit source against reference value loss lower upper margin confidence examples tokens"
-    assert set(CheckResult.model_fields) == {*keys.split(), "verdict", "definition", "details", "samples"}
+    assert set(CheckResult.model_fields) == {
+        *keys.split(),
+        "verdict",
+        "definition",
+        "details",
+        "review",
+        "samples",
+        "aspect",
+    }
 
 
 # --- cost --------------------------------------------------------------------------------------------------

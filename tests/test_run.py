@@ -12,6 +12,7 @@ from compress import lock, run
 from compress import recipe as recipes
 from compress.errors import Locked, RecipeError
 from compress.record import RunRecord
+from compress.report import summary_lines
 from compress.store import Store
 from compress.workbench import Reporter
 from evaluators.divergence import Divergence
@@ -111,6 +112,22 @@ def test_every_check_sees_a_planted_loss_before_it_is_trusted(place, store, tmp_
     assert again.assays == record.assays
 
 
+def test_a_margin_below_the_noise_of_the_dtype_is_invalid(place, store, tmp_path):
+    """bfloat16 products alone make a divergence of about 2e-5 here; a margin below that would judge rounding."""
+    lossy = ("dtype=bfloat16", "gate.0.divergence.max_mean=1.2e-5", "release.1.divergence.max_mean=1.2e-5")
+    said = []
+    recipe = load(place, f"[{{{INT8}}}]", overrides=lossy)
+    record, folder = run.apply(recipe, tmp_path / "run", store, Reporter(say=said.append))
+    noise = {n.metric: n for n in record.noise}
+    assert noise["divergence"].floor > 1.2e-5 and set(noise) == {"perplexity", "divergence"}
+    assert (record.status, record.exit_code) == ("inconclusive", 4)
+    found = {c.metric: c for c in record.steps[0].gate.checks}
+    assert found["divergence"].verdict == "INVALID" and "not above the noise" in found["divergence"].definition
+    assert any("means nothing here" in line and "noise" in line for line in said)
+    for name in ("report.md", "report.html"):
+        assert "The baseline was also compared with itself" in (folder / name).read_text()
+
+
 class Selfish(Divergence):
     """Compares the reference with itself, nearly."""
 
@@ -160,7 +177,7 @@ def test_progress_names_the_part_before_a_colon(place, tmp_path):
     run.apply(load(place, f"[{{{INT8}}}]", "[gguf: {}]"), tmp_path / "run", Store(tmp_path / "home"), reporter)
     parts = dict.fromkeys(label.partition(":")[0] for label, _ in heard)
     gates = ["gate quantize.rtn", "inspect", "gate release", "gate gguf"]
-    assert list(parts) == ["assay", "baseline", "quantize.rtn", *gates]
+    assert list(parts) == ["assay", "noise", "baseline", "quantize.rtn", *gates]
     assert all(0 <= fraction <= 1 for _, fraction in heard)
 
 
@@ -182,6 +199,24 @@ def test_a_plan_that_cannot_work_is_refused_before_anything_is_written(place, st
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+:\d+ .*int2"):
         run.apply(load(place, f"[{{{INT2}}}]", "[gguf: {}]"), tmp_path / "run", store)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_changes_nothing_is_said(place, store, tmp_path):
+    said: list[str] = []
+    nothing = "prune.magnitude: {sparsity: 0.0}"
+    steps = f"[{{{nothing}}}, {{{INT8}}}]"
+    record, folder = run.apply(load(place, steps), tmp_path / "run", store, Reporter(say=said.append))
+    assert [step.unchanged for step in record.steps] == [True, False]
+    assert [a.unchanged for step in record.steps for a in step.attempts] == [True, False]
+    assert record.steps[0].gate.verdict == "PASS"  # no loss is no loss, and the reader is told
+    assert any("prune.magnitude" in line and "changed nothing" in line for line in said)
+    assert sum("changed nothing" in line for line in said) == 1
+    read = json.loads((folder / "run.json").read_text())
+    assert read["steps"][0]["unchanged"] and not read["steps"][1]["unchanged"]
+    for name in ("report.md", "report.html"):
+        assert (folder / name).read_text().count("changed nothing") == 1
+    assert "changed nothing" in next(line for line in summary_lines(read) if "prune.magnitude" in line)
+    assert sum("changed nothing" in line for line in summary_lines(read)) == 1
 
 
 def test_set_changes_the_key_and_is_recorded(place, store, tmp_path):

@@ -64,6 +64,17 @@ def lower_bound(values: Floats, alpha: float, margin: float) -> float:
     return -upper_bound(-values, alpha, -margin)
 
 
+def p_value(values: Floats, mean: float) -> float:
+    """How unlikely a true mean of at most `mean` is, of values in [−1, 1]: small where they are larger.
+
+    1 over the largest capital of the bets against it: by Ville's inequality it is below α with chance at most α,
+    however often one looks. 1 for no value.
+    """
+    if not (np.abs(values) <= 1).all():
+        raise ValueError("values outside [-1, 1] cannot be bet on")
+    return min(1.0, math.exp(-log_capital(-values, -mean).max())) if len(values) else 1.0
+
+
 def detectable(n: int, sd: float, alpha: float, margin: float, power: float = 0.8) -> float:
     """Distance of the true mean below the margin at which n values refute the margin with `power`; inf if none.
 

@@ -41,7 +41,13 @@ def _chain_row(
     ends: tuple[bool, bool, bool],
 ) -> Markup:
     title = element("span", stage.label, class_="label") if stage.label else None
-    kinds = {"baseline": "baseline", "release": "release gate", "export": "artifact", "rejected": "rejected"}
+    kinds = {
+        "baseline": "baseline",
+        "release": "release gate",
+        "holdout": "once",
+        "export": "artifact",
+        "rejected": "rejected",
+    }
     name = "final model" if stage.kind == "release" else stage.name
     tag = kinds.get(stage.kind, "cached" if stage.cached else "")
     node = [
@@ -67,10 +73,10 @@ def _tally(stage: Stage) -> Markup:
 
 
 def _size(stage: Stage, largest: float, report: Report) -> Child:
+    if stage.kind == "holdout" or (stage.kind == "release" and stage.size_bytes is not None):
+        return parts.muted("as above")
     if stage.size_bytes is None:
         return parts.muted("not stored" if stage.kind == "rejected" else figures.NOTHING)
-    if stage.kind == "release":
-        return parts.muted("as above")
     more = [] if stage.bits_per_weight is None else [f"{figures.bits(stage.bits_per_weight)} bits"]
     more.append(prose.ratio(report.baseline.size_bytes, stage.size_bytes))
     small = [parts.muted(" \u00b7 ", parts.typeset(p)) for p in more if p]

@@ -95,13 +95,16 @@ def axis_header(axis: Axis, signed: bool = True) -> Markup:
     return element("svg", labels, class_="axis", width="100%", height=20, aria_hidden="true")
 
 
-def interval(axis: Axis, check: Check, name: str) -> Markup:
-    """Measured loss and confidence bounds against the margin; what lies beyond the axis ends in an arrow."""
+def interval(axis: Axis, check: Check, name: str, grid: bool = True) -> Markup:
+    """Measured loss and confidence bounds against the margin; what lies beyond the axis ends in an arrow.
+
+    grid: upright lines at the ticks, for plots that share an axis.
+    """
     back: list[Markup] = []
     if check.margin is not None:
         edge = axis.position(check.margin)
         back.append(element("rect", x="0%", y=0, width=percent(edge), height="100%", class_="allowed"))
-    back += [_upright(axis.position(tick), "grid") for tick in axis.ticks()]
+    back += [_upright(axis.position(tick), "grid") for tick in axis.ticks()] if grid else []
     back.append(_upright(axis.position(0.0), "zero"))
     if check.margin is not None:
         back.append(_upright(axis.position(check.margin), "margin"))

@@ -142,6 +142,15 @@ def share(value: float | None) -> str:
     return f"{digits}\u202f\u00d7\u202f10{str(int(exponent)).translate(_SUPERSCRIPT)}"
 
 
+def tiny(value: float) -> str:
+    """A signed figure of any size with two digits, in ASCII.
+
+    >>> tiny(-3.21e-7), tiny(0.0), tiny(1.25)
+    ('-3.2e-07', '0', '+1.2')
+    """
+    return f"{value:+.2g}" if value else "0"
+
+
 def power(value: float) -> str:
     """A power of ten.
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from compress.report import figures, layers, prose, spread
+from compress.report import figures, layers, prose, scorecard, spread
 from compress.report.view import Artifact, Check, Report, Stage, read
 
 
@@ -15,6 +15,7 @@ def render_markdown(run: dict[str, Any]) -> str:
     report = read(run)
     parts = [
         _head(report),
+        _scorecard(report),
         _chain(report),
         _checks(report),
         _samples(report),
@@ -58,6 +59,15 @@ def _head(report: Report) -> str:
     if report.status == "passed" and prose.scope(report):
         lines.append(escape(prose.scope(report)))
     return "\n\n".join(lines)
+
+
+def _scorecard(report: Report) -> str:
+    rows = [
+        [aspect, c.metric, c.source, c.measure.text(c.loss, signed=not c.exact), scorecard.used(c), c.verdict]
+        for aspect, c in scorecard.rows(report)
+    ]
+    head = ["Aspect", "Measure", "Source", "Loss", "Margin used", "Verdict"]
+    return "## Scorecard\n\n" + table(head, rows) if rows else ""
 
 
 def _chain(report: Report) -> str:
@@ -204,7 +214,7 @@ def _baseline(report: Report) -> str:
 
 def _reading(report: Report) -> str:
     terms = [f"- **{escape(prose.capital(name))}**: {escape(text)}" for name, text in report.definitions.items()]
-    method = [*prose.HOW_TO_READ, *filter(None, [escape(prose.sensitivity(report))])]
+    method = [*prose.HOW_TO_READ, *filter(None, [escape(prose.sensitivity(report)), escape(prose.noise(report))])]
     return "\n\n".join(["## How to read this", *method, *(["\n".join(terms)] if terms else [])])
 
 

@@ -7,7 +7,7 @@ import hashlib
 from importlib.resources import files
 from typing import Any
 
-from compress.report import chain, encodings, evidence, layers, opening, prose, samples, tables
+from compress.report import chain, encodings, evidence, layers, opening, prose, samples, scorecard, tables
 from compress.report.markup import Markup, element
 from compress.report.view import read
 
@@ -19,6 +19,7 @@ def render_html(run: dict[str, Any]) -> str:
     body = element(
         "main",
         opening.head(report),
+        scorecard.scorecard(report),
         chain.chain(report),
         evidence.evidence(report),
         samples.samples(report),

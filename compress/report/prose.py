@@ -14,8 +14,8 @@ HOW_TO_READ = (
     "as the evidence is clear, and where a step has alternatives, the allowed error is divided among them beforehand. "
     "A fixed set is read whole: its loss is known without error, and nothing is claimed beyond the set.",
     "PASS: even the upper bound is within the margin. FAIL: even the lower bound is beyond it. "
-    "INCONCLUSIVE: the margin lies between the two, so the data proved neither. INVALID: the check itself "
-    "could not be trusted, so nothing is claimed.",
+    "INCONCLUSIVE: the margin lies between the two, so the data proved neither, or a gain is proven that is too "
+    "large to be believed unseen. INVALID: the check itself could not be trusted, so nothing is claimed.",
 )
 STATUS_WORDS = {
     "passed": "Passed",
@@ -78,6 +78,8 @@ def place(stage: Stage) -> str:
     """A stage as prose names it."""
     if stage.kind == "release":
         return "the final model"
+    if stage.kind == "holdout":
+        return "the final model on the sealed holdout"
     if stage.kind == "export":
         return f"the {stage.name} artifact"
     return f"step {stage.title}"
@@ -85,7 +87,7 @@ def place(stage: Stage) -> str:
 
 def culprit_stage(report: Report) -> Stage | None:
     """The stage that decided a run which did not pass: an artifact, the release or the last attempt."""
-    late = [s for s in (*(a.stage for a in report.artifacts), report.release) if s is not None]
+    late = [s for s in (*(a.stage for a in report.artifacts), report.holdout, report.release) if s is not None]
     for stage in sorted(late, key=lambda s: SEVERITY.get(s.verdict, 9)):
         if stage.verdict in SEVERITY:
             return stage
@@ -103,7 +105,8 @@ def _names_of_offenders(stage: Stage) -> str:
 def claims(report: Report) -> list[Claim]:
     """What is proven about what ships, from each metric's worst check; or what went wrong, by how much."""
     if report.status == "passed":
-        shipped = [s for s in (report.release, *(a.stage for a in report.artifacts)) if s is not None and s.checks]
+        made = (report.release, report.holdout, *(a.stage for a in report.artifacts))
+        shipped = [s for s in made if s is not None and s.checks]
         if not shipped:
             final = report.final()
             shipped = [final] if final is not None and final.checks else []
@@ -138,8 +141,11 @@ def sentence(check: Check) -> str:
     basis = f"at {figures.percent(check.confidence)} confidence over {evidence(check)}"
     estimate = f"{name} {measure.text(check.loss)}"
     if check.verdict == "FAIL":
-        return f"{estimate} (lower bound {measure.text(check.lower, 'down')}, {margin}) {basis}"
+        because = f": {check.reason}" if check.reason else ""
+        return f"{estimate} (lower bound {measure.text(check.lower, 'down')}, {margin}) {basis}{because}"
     if check.verdict == "INCONCLUSIVE":
+        if check.reason:
+            return f"{estimate} (upper bound {measure.text(check.upper, 'up')}) {basis}: {check.reason}"
         return f"{estimate} (between {check.bounds().replace(' to ', ' and ')}, {margin}) {basis}"
     return f"{estimate} (upper bound {measure.text(check.upper, 'up')}, {margin}) {basis}"
 
@@ -157,6 +163,7 @@ def scope(report: Report) -> str:
     checks = [c for s in (report.release, *(a.stage for a in report.artifacts)) if s for c in s.checks]
     sources = sorted({c.source for c in checks if c.source and not c.exact})
     parts = ["the final model"] if report.release is not None else []
+    parts += ["the same model on documents that no recipe has chosen by"] if report.holdout is not None else []
     if report.artifacts:
         files = figures.count(float(len(report.artifacts)), "exported artifacts")
         parts.append(f"{files}, each executed in its own runtime")
@@ -176,6 +183,19 @@ def sensitivity(report: Report) -> str:
         parts.append(f"{name} ({seen if p.verdict == 'SEEN' else f'{p.verdict.lower()}: {p.reason}'})")
     lead = "Before any verdict a loss just above each margin was planted in the baseline, which its check must see: "
     return lead + "; ".join(parts) + "."
+
+
+def noise(report: Report) -> str:
+    """What identical weights lose; empty where it was not measured."""
+    if not report.noise:
+        return ""
+    parts = []
+    for n in report.noise:
+        name = f"{_NAMES.get(n.metric, n.metric.replace('_', ' '))} on {n.source}"
+        loss = "not finite" if n.loss is None else figures.tiny(n.measure.forward(n.loss)) + n.measure.suffix
+        parts.append(f"{name} {loss} ({figures.count(n.examples)} examples)")
+    lead = "The baseline was also compared with itself, in other batches, on other threads and in float32: its loss, "
+    return f"{lead}below which no margin is accepted unless chance explains it, is " + "; ".join(parts) + "."
 
 
 def ratio(before: float | None, after: float | None) -> str:

@@ -127,7 +127,9 @@ def reading(report: Report) -> Markup:
         for name, text in report.definitions.items()
         if name not in report.metrics()  # those stand with their checks
     ]
-    method = [element("p", text) for text in (*prose.HOW_TO_READ, prose.sensitivity(report)) if text]
+    method = [
+        element("p", text) for text in (*prose.HOW_TO_READ, prose.sensitivity(report), prose.noise(report)) if text
+    ]
     words = element("dl", terms, class_="terms") if terms else None
     return parts.section("How to read this", "reading", element("div", method, class_="method"), words)
 

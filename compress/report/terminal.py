@@ -23,7 +23,7 @@ def summary_lines(run: dict[str, Any]) -> list[str]:
 
 
 def _name(stage: Stage) -> str:
-    prefix = {"baseline": "baseline ", "export": "export ", "release": "", "step": "", "rejected": ""}[stage.kind]
+    prefix = {"baseline": "baseline ", "export": "export "}.get(stage.kind, "")
     return prefix + stage.title
 
 
@@ -37,6 +37,8 @@ def _stage(stage: Stage, width: int, report: Report) -> str:
     if stage.seconds is not None:
         facts.append(figures.seconds(stage.seconds))
     facts += ["cached"] if stage.cached else []
+    facts += ["changed nothing"] if stage.unchanged else []
+    facts += stage.notes[:1] if stage.kind == "holdout" else []
     facts += [f"gate off: {name}" for name in stage.gate_off]
     return f"{_name(stage):<{width}}  {verdict:<12}  {'; '.join(facts)}".rstrip()
 

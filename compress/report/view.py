@@ -9,7 +9,7 @@ from typing import Any, Literal
 from compress.report import figures
 from compress.report.figures import clean, number
 
-Kind = Literal["baseline", "step", "rejected", "release", "export"]
+Kind = Literal["baseline", "step", "rejected", "release", "holdout", "export"]
 SEVERITY = {"FAIL": 0, "INVALID": 1, "INCONCLUSIVE": 2}
 
 
@@ -43,8 +43,9 @@ class Check:
     tokens: float | None
     verdict: str
     definition: str
-    reason: str  # why an INVALID check is none
+    reason: str  # why an INVALID check is none, or why somebody must look at this one
     details: Mapping[str, Any]
+    aspect: str = "quality"
     samples: tuple[Sample, ...] = ()
 
     @property
@@ -99,6 +100,7 @@ class Stage:
     peak_rss_bytes: float | None = None
     digest: str = ""
     cached: bool = False
+    unchanged: bool = False  # the step left its parent's very tensors
     notes: tuple[str, ...] = ()
     gate_off: tuple[str, ...] = ()
     layer_errors: Mapping[str, float | None] = field(default_factory=dict)
@@ -158,6 +160,19 @@ class Planted:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """The loss that identical weights showed in a check."""
+
+    metric: str
+    source: str
+    measure: figures.Measure
+    loss: float | None
+    lower: float | None
+    upper: float | None
+    examples: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """The whole record."""
 
@@ -175,6 +190,8 @@ class Report:
     host: Mapping[str, str]
     definitions: Mapping[str, str] = field(default_factory=dict)
     planted: tuple[Planted, ...] = ()
+    noise: tuple[Noise, ...] = ()
+    holdout: Stage | None = None
 
     def stages(self) -> Iterator[Stage]:
         """Every node in the order of the chain."""
@@ -182,6 +199,8 @@ class Report:
         yield from self.attempts
         if self.release is not None:
             yield self.release
+        if self.holdout is not None:
+            yield self.holdout
         yield from (a.stage for a in self.artifacts)
 
     def metrics(self) -> list[str]:
@@ -226,6 +245,8 @@ def read(run: Mapping[str, Any]) -> Report:
         versions={clean(k): figures.plain(v) for k, v in mapping(run.get("versions")).items()},
         host={clean(k): _host_value(clean(k), v) for k, v in mapping(run.get("host")).items()},
         planted=tuple(_planted(a) for a in maps(run.get("assays"))),
+        noise=tuple(_noise(n) for n in maps(run.get("noise"))),
+        holdout=_holdout(mapping(run.get("holdout"))),
     )
     found = [(clean(m.get("metric")), clean(m.get("definition"))) for m in maps(baseline.get("metrics"))]
     found += [(c.metric, c.definition) for s in report.stages() for c in s.checks]
@@ -239,6 +260,7 @@ def read(run: Mapping[str, Any]) -> Report:
 def check(record: Mapping[str, Any]) -> Check:
     """Read one CHECK. An INVALID one says why at the end of its definition."""
     definition, _, reason = clean(record.get("definition")).partition(" Invalid here: ")
+    reason = reason or clean(record.get("review"))
     return Check(
         metric=clean(record.get("metric")) or "unnamed",
         unit=clean(record.get("unit")),
@@ -248,6 +270,7 @@ def check(record: Mapping[str, Any]) -> Check:
         definition=definition,
         reason=reason.removesuffix("."),
         details=mapping(record.get("details")),
+        aspect=clean(record.get("aspect")) or "quality",
         samples=tuple(_sample(s) for s in maps(record.get("samples"))),
         **{name: number(record.get(name)) for name in _NUMBERS},
     )
@@ -334,6 +357,13 @@ def _planted(record: Mapping[str, Any]) -> Planted:
     )
 
 
+def _noise(record: Mapping[str, Any]) -> Noise:
+    metric = clean(record.get("metric")) or "unnamed"
+    numbers = {name: number(record.get(name)) for name in ("loss", "lower", "upper", "examples")}
+    measure = figures.measure(metric, clean(record.get("unit")))
+    return Noise(metric=metric, source=clean(record.get("source")), measure=measure, **numbers)
+
+
 def _attempts(index: int, step: Mapping[str, Any]) -> Iterator[Stage]:
     """The attempts at one step. Only the last can have been accepted, and only if the step's gate passed."""
     gate = mapping(step.get("gate"))
@@ -358,6 +388,7 @@ def _attempts(index: int, step: Mapping[str, Any]) -> Iterator[Stage]:
             peak_rss_bytes=number(own.get("peak_rss_bytes")),
             digest=clean(own.get("digest")),
             cached=bool(own.get("cached")),
+            unchanged=record.get("unchanged") is True,
             notes=_words(record.get("notes")) or (_words(step.get("notes")) if last else ()),
             gate_off=_words(step.get("gate_off")) if last else (),
             layer_errors=_layer_errors(step) if accepted else {},
@@ -385,6 +416,30 @@ def _release(record: Mapping[str, Any], attempts: tuple[Stage, ...]) -> Stage | 
         checks=_checks(record.get("checks")),
         size_bytes=final.size_bytes if final else None,
         bits_per_weight=final.bits_per_weight if final else None,
+    )
+
+
+def _holdout(record: Mapping[str, Any]) -> Stage | None:
+    """The final model on the sealed holdout, with who has seen it before."""
+    gate = mapping(record.get("gate"))
+    if not gate:
+        return None
+    before, left_out = _words(record.get("before")), _words(record.get("left_out"))
+    use = figures.count(number(record.get("use")))
+    notes = [f"use {use} of this holdout"]
+    if before:
+        seen = f"{figures.count(float(len(before)), 'other models')} have seen it ({', '.join(dict.fromkeys(before))})"
+        notes = [
+            f"{notes[0]}: {seen}, and the allowed error is divided accordingly; documents that are fresh prove more"
+        ]
+    notes += [f"not held out, as their items are their own: {', '.join(left_out)}"] if left_out else []
+    return Stage(
+        kind="holdout",
+        label="",
+        name="sealed holdout",
+        verdict=_verdict(gate.get("verdict")),
+        checks=_checks(gate.get("checks")),
+        notes=tuple(notes),
     )
 
 

@@ -104,6 +104,13 @@ def test_too_few_clusters_to_ever_decide_are_refused():
         Accuracy(max_drop=3.0, max_documents=49)
 
 
+def test_a_recipe_forbids_any_loss_and_bounds_gains_in_points():
+    asked = Accuracy(max_drop=3.0, no_regression=True, max_gain=20)
+    assert asked.forbids_any_loss and asked.plausible_gain == pytest.approx(0.2)
+    assert not Accuracy(max_drop=3.0).forbids_any_loss
+    assert {"no_regression", "max_gain"} <= asked.margin_fields  # neither moves a score
+
+
 def test_the_margin_is_a_fraction_and_is_shown_in_points():
     assert CHECK.margin == pytest.approx(0.03)
     assert (CHECK.display(0.03), CHECK.display(-0.001), CHECK.display(0.0)) == (

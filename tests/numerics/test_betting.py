@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.numerics.betting import detectable, log_capital, lower_bound, refuted, upper_bound
+from compress.numerics.betting import detectable, log_capital, lower_bound, p_value, refuted, upper_bound
 
 MARGIN = 0.03
 LOSSES = st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0]), min_size=1, max_size=60).map(np.array)
@@ -134,3 +134,52 @@ def test_real_valued_losses_at_the_margin_pass_at_most_one_time_in_twenty(kind):
     runs = 1000
     passed = sum(refuted(draw(600), mean, 0.05) for _ in range(runs))
     assert passed / runs <= 0.05 + 2.33 * math.sqrt(0.05 * 0.95 / runs)  # one-sided 99 % of the binomial
+
+
+@given(LOSSES, st.floats(-0.9, 0.9), st.floats(0.001, 0.999))
+def test_a_p_value_is_small_just_where_the_mean_is_refuted_at_that_level(values, mean, alpha):
+    p = p_value(values, mean)
+    assert 0 < p <= 1
+    if abs(p - alpha) > 1e-9:
+        assert (p < alpha) == refuted(-values, -mean, alpha)
+
+
+def test_p_values_are_those_of_the_plain_bets():
+    values = np.array([1.0, 0.0, 1.0, 1.0, -1.0, 0.0])
+    assert p_value(values, 0.0) == pytest.approx(1 / max(plain_capital(-values, 0.0)))
+    assert p_value(-np.ones(9), 0.0) == 1.0 == p_value(np.array([]), 0.0)
+    with pytest.raises(ValueError, match="outside"):
+        p_value(np.array([1.5]), 0.0)
+
+
+def test_no_regression_is_called_one_at_most_one_time_in_twenty_whenever_one_looks():
+    rng = np.random.default_rng(0)
+    found = [p_value(flips(rng, 400, 0.0), 0.0) for _ in range(1000)]
+    assert 0 < sum(p <= 0.05 for p in found) <= 50
+    assert sum(p_value(flips(rng, 400, 0.06), 0.0) <= 0.05 for _ in range(200)) > 160
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1])
+@pytest.mark.parametrize("margin", [-1.0, 1.0])
+def test_margins_and_levels_at_the_edge_are_refused(alpha, margin):
+    values = np.zeros(3)
+    for m, a in ((margin, 0.05), (0.03, alpha)):
+        with pytest.raises(ValueError, match="expected -1 < margin < 1 and 0 < alpha < 1"):
+            upper_bound(values, a, m)
+    for power in (0.0, 1.0):
+        with pytest.raises(ValueError, match="0 < power < 1"):
+            detectable(100, 0.3, 0.05, 0.03, power)
+
+
+def test_the_advertised_distance_is_that_of_the_formula():
+    """Slow plain version: the smallest distance on a grid at which some stake's growth suffices."""
+    for n, sd, alpha, margin in ((1000, 0.3, 0.05, 0.03), (300, 0.2, 0.0125, 0.1), (60, 0.5, 0.05, 0.4)):
+        need, found = math.log(4 / alpha), math.inf
+        for d in np.arange(0, 1 + margin, 1e-4):
+            for stake in (share * 0.5 / (1 - margin) for share in (1, 0.5, 0.25, 0.125)):
+                growth = stake * d - stake**2 * (sd**2 + d**2) / 2
+                if n * growth - 0.8416212 * stake * sd * math.sqrt(n) >= need:
+                    found = min(found, d)
+        assert detectable(n, sd, alpha, margin) == pytest.approx(found, abs=1.1e-4)
+    assert detectable(3, 0.3, 0.05, 0.03) == detectable(1, 0.3, 0.05, 0.03) == math.inf
+    assert 0.5 < detectable(10, 0.1, 0.05, 0.5) < 1.5  # gains count: losses go down to -1
