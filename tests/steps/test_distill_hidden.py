@@ -11,9 +11,11 @@ from pydantic import ValidationError
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.model import Model
+from compress.numerics.relations import relation_divergence
 from compress.plugin import step
 from compress.steps.distill._lessons import Reading
 from compress.steps.distill._network import Network
+from compress.steps.distill._relations import Projected, Relating
 from compress.steps.distill._states import Matching, States, fitted_projections, relative_error
 from compress.steps.distill._training import Ruler
 from compress.steps.distill.hidden import Hidden
@@ -188,6 +190,58 @@ def test_blocks_that_do_not_exist_are_refused():
     for fields in ({"weight": 0}, {"weight": math.nan}, {"projection_rate": -1.0}):
         with pytest.raises(ValidationError):
             Hidden(**fields)
+
+
+def plain_relations(own: list[list[float]], theirs: list[list[float]], heads: int) -> list[float]:
+    """Token by token and head by head, without tensors."""
+
+    def relations(x: list[list[float]], head: int, i: int) -> list[float]:
+        d = len(x[0]) // heads
+        part = [row[head * d : (head + 1) * d] for row in x]
+        scores = [sum(a * b for a, b in zip(part[i], part[j])) / math.sqrt(d) for j in range(i + 1)]
+        weights = [math.exp(s - max(scores)) for s in scores]
+        return [w / sum(weights) for w in weights]
+
+    found = []
+    for i in range(len(own)):
+        pairs = [(relations(theirs, h, i), relations(own, h, i)) for h in range(heads)]
+        found.append(sum(sum(p * math.log(p / q) for p, q in zip(*pair)) for pair in pairs) / heads)
+    return found
+
+
+@settings(deadline=None)
+@given(st.integers(0, 99), st.sampled_from([1, 2, 4]))
+def test_relations_are_compared_as_a_plain_version_does(seed, heads):
+    generator = torch.Generator().manual_seed(seed)
+    own, theirs = (torch.randn(6, width, generator=generator).double() for width in (8, 12))
+    found = relation_divergence(own, theirs, heads)
+    torch.testing.assert_close(found, torch.tensor(plain_relations(own.tolist(), theirs.tolist(), heads)).double())
+    assert not relation_divergence(theirs, theirs, heads).any() and found[0] == 0  # the first looks at itself alone
+
+
+@pytest.mark.parametrize("wound", ["weights", "width"])
+def test_relations_learn_beside_the_states_and_have_a_gradient_of_their_own(wound):
+    model, run = wounded(wound), context()
+    Hidden(relations=1.0, gradient_checkpointing=True, **FAST).apply(model, run)
+    assert divergence(model, run) < divergence(wounded(wound), run)
+    assert all(not module._forward_hooks for module in model.module.modules())
+    student, teacher = wounded(wound), tiny_model()
+    own, theirs = Projected(student, [1]), Projected(teacher, [1])
+    with own, theirs:
+        networks = Network(student.module, True), Network(teacher.module, False)
+        networks[0].hidden(windows(1, 3)[0])
+        with torch.no_grad():
+            networks[1].hidden(windows(1, 3)[0])
+        error = Relating(own, theirs, 2, 3.0).error()
+    error.backward()
+    assert float(error.detach()) > 0 and student.parameter("model.layers.0.mlp.up_proj.weight").grad.any()
+    gradient = student.parameter("model.layers.1.self_attn.k_proj.weight").grad
+    assert gradient.any() and student.parameter("model.layers.1.self_attn.o_proj.weight").grad is None
+
+
+def test_relation_heads_that_do_not_divide_are_refused():
+    with pytest.raises(RecipeError, match="relation_heads=3 does not divide the 32 channels of the model's q_proj"):
+        Hidden(relations=1.0, relation_heads=3, **FAST).apply(wounded(), context())
 
 
 def test_a_non_finite_state_names_the_step_and_keeps_the_weights():

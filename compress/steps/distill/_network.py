@@ -148,7 +148,7 @@ def trained_tensors(model: Model, train: str) -> list[str]:
         if name in model.encoded:
             raise RecipeError(
                 f"train={train} would change {name}, already stored as "
-                f"{model.encoded[name].encoding}; distill before quantizing"
+                f"{model.encoded[name].encoding}; distill before quantizing, or train its codes with distill.qat"
             )
     return names
 

@@ -14,6 +14,7 @@ from compress.numerics.distillation import backward_through_heads
 from compress.steps.distill import _parallel as parallel
 from compress.steps.distill._lessons import Reading
 from compress.steps.distill._network import Network
+from compress.steps.distill._relations import Relating
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -106,7 +107,7 @@ def fitted_projections(
 class Matching:
     """A reading, and `weight` times the mean relative error of the student's states against the teacher's.
 
-    projections: one per pair of states, or none where widths agree.
+    projections: one per pair of states, or none where widths agree. relating: a loss on attention besides.
     """
 
     reading: Reading
@@ -114,6 +115,7 @@ class Matching:
     theirs: States
     projections: Sequence[nn.Parameter]
     weight: float
+    relating: Relating | None = None
 
     def backward(self, student: Network, windows: Sequence[Tensor]) -> float:
         """See `Lesson`."""
@@ -123,6 +125,8 @@ class Matching:
             of_rows = self.reading.loss(window)
             hidden = student.hidden(window)[:-1]
             beside = self.weight * self.error(self.own.take(), self.theirs.take())
+            if self.relating is not None:
+                beside = beside + self.relating.error()
             total += backward_through_heads(hidden, student.head, of_rows, 1 / positions, beside=beside)
         return total / positions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from compress.steps.distill._fields import WeightDistillation
 if TYPE_CHECKING:
     from compress.architectures import Facts
     from compress.model import Model
+    from compress.steps.distill._relations import Relating
 
 Index = Annotated[int, Field(ge=0)]
 Pair = Annotated[list[Index], Field(min_length=2, max_length=2)]
@@ -27,7 +29,11 @@ class Hidden(WeightDistillation):
     keeps the few tokens of enormous states from deciding it all. P is the identity where widths agree; else a matrix
     per pair, which starts as the least-squares fit on the selection data, learns at `projection_rate`, and is
     dropped after training.
-    Romero et al. 2015, FitNets, arXiv:1412.6550; Jiao et al. 2020, TinyBERT, arXiv:1909.10351.
+    relations: the weight of a further loss, the divergence of the relations of queries, of keys and of values: of each
+    token with those before it, softmax(x_i · x_j / √d) in `relation_heads` heads (by default the baseline's of keys and
+    values), in the last of the pairs of blocks. It needs no projection, whatever the widths.
+    Romero et al. 2015, FitNets, arXiv:1412.6550; Jiao et al. 2020, TinyBERT, arXiv:1909.10351;
+    relations: Wang et al. 2021, MiniLMv2, arXiv:2012.15828.
     """
 
     name: ClassVar[str] = "distill.hidden"
@@ -37,6 +43,8 @@ class Hidden(WeightDistillation):
     divergence: Literal["forward", "reverse", "js"] = "forward"
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     layers: list[Pair] | None = Field(None, min_length=1)
+    relations: float = Field(0.0, ge=0, allow_inf_nan=False)
+    relation_heads: int | None = Field(None, ge=1)
     projection_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
 
     def check(self, facts: Facts) -> None:
@@ -77,14 +85,25 @@ class Hidden(WeightDistillation):
         selection = first(context.selection, self.selection_tokens)
         ruler = Ruler(self.name, teacher, selection)
         batches = plan_batches(self.name, context.calibration, self.tokens, self.batch, context.seed)
-        with States(model, [s for s, _ in pairs]) as own, States(baseline, [t for _, t in pairs]) as theirs:
+        with ExitStack() as stack:
+            own = stack.enter_context(States(model, [s for s, _ in pairs]))
+            theirs = stack.enter_context(States(baseline, [t for _, t in pairs]))
             projections = {}
             if model.facts.sizes["residual"] != baseline.facts.sizes["residual"]:
                 student = net.Network(model.module, learns=False)
                 projections = fitted_projections(self.name, student, own, teacher, theirs, selection)
+            relating = self._relating(model, baseline, pairs[-1], stack) if self.relations else None
             reading = Reading(teacher, self.temperature, self.alpha, self.divergence)
-            lesson = Matching(reading, own, theirs, list(projections.values()), self.weight)
+            lesson = Matching(reading, own, theirs, list(projections.values()), self.weight, relating)
             outcome = self.fit(model, context, lesson, ruler, batches, projections, self.projection_rate)
         through = f" through {len(projections)} projections, now dropped" if projections else ""
         said = ", ".join(f"{s} from {t}" for s, t in pairs)
         context.notes.append(f"{self.name}: {outcome} ({self.tokens} tokens); blocks learned: {said}{through}")
+
+    def _relating(self, model: Model, baseline: Model, pair: tuple[int, int], stack: ExitStack) -> Relating:
+        """The loss on the attention of a pair of blocks, which are watched as long as the stack is open."""
+        from compress.steps.distill._relations import Projected, Relating, relation_heads
+
+        heads = relation_heads(self.name, self.relation_heads, model.facts, baseline.facts)
+        own, theirs = Projected(model, [pair[0]]), Projected(baseline, [pair[1]])
+        return Relating(stack.enter_context(own), stack.enter_context(theirs), heads, self.relations)
