@@ -173,7 +173,7 @@ def baseline():
 def solved(baseline, tmp_path_factory):
     """Problems that are solved by writing, into a string literal, just what the baseline writes."""
     rows = []
-    for i in range(60):
+    for i in range(150):  # what some of them are answered cannot stand in a literal
         prompt = f'def said():\n    return r"""the model {i} is'
         tokens = baseline.generate(baseline.encode(prompt), 8)
         text = baseline.decode([t for t in tokens if t not in baseline.eos_ids])

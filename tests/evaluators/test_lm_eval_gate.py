@@ -402,4 +402,4 @@ def test_importing_and_validating_a_check_needs_no_library_of_models():
 
 
 def test_tasks_are_listed():
-    assert {*summaries()} == {"minimal_pairs", "cloze", "lm_eval:NAME"} and all(summaries().values())
+    assert {*summaries()} == {"minimal_pairs", "cloze", "facts", "lm_eval:NAME"} and all(summaries().values())
