@@ -124,13 +124,19 @@ def fitted(kind: str, width: int) -> str:
 
 
 def recognized(kinds: Mapping[str, str], facts: Facts) -> Preset | None:
-    """The preset by which llama.cpp would store every matrix in just these types, or None."""
+    """The preset by which llama.cpp would store every matrix in just these types, or None.
+
+    Of several, one that needs no substitute: all matrices in q8_0 are Q8_0, though Q6_K may end so.
+    """
+    substituted = None
     for preset in _MIXES:
         for importance in (True, False):
             asked = types(preset, facts, importance)
-            if kinds == {name: fitted(kind, facts.matrices[name][1]) for name, kind in asked.items()}:
+            if kinds == asked:
                 return preset
-    return None
+            if kinds == {name: fitted(kind, facts.matrices[name][1]) for name, kind in asked.items()}:
+                substituted = substituted or preset
+    return substituted
 
 
 def block(kind: str) -> int:
