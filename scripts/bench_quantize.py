@@ -36,7 +36,7 @@ CHAINS: dict[str, Chain] = {
     "awq int4 g64": [("quantize.awq", G64)],
     "gptq int4 g64": [("quantize.gptq", G64)],
     "gptq int4 g64, act_order": [("quantize.gptq", {**G64, "act_order": True})],
-    "gptq int4 g64, propagation": [("quantize.gptq", {**G64, "error_propagation": 0.5})],
+    "gptq int4 g64, no propagation": [("quantize.gptq", {**G64, "error_propagation": 0.0})],
     "gptq int4 g64, refined": [("quantize.gptq", {**G64, "refinement": 1})],
     "gptq int4 g32": [("quantize.gptq", {"encoding": "int4"})],
     "gptq iq4_nl": [("quantize.gptq", {"encoding": "iq4_nl"})],

@@ -2,7 +2,7 @@
 
 Frantar et al. 2022, arXiv:2210.17323. Departures: group scales are searched with the importance of each
 input channel (the diagonal of the Hessian) instead of taken from the range; linears that share an input are
-solved together.
+solved together; half of what earlier rounding did to the inputs is made up for.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ class Gptq(WeightQuantization):
     dampening: λ as a fraction of the mean diagonal of the Hessian. range: as in quantize.rtn, weighted by
     the Hessian's diagonal under "mse". act_order: round the channels of largest second moment first, which fits all
     scales beforehand (static groups). error_propagation: the share of what earlier rounding did to the inputs that
-    each linear makes up for (QEP, Arai & Ichikawa 2025, arXiv:2504.09629, where ½ is the default); above 0 a second
-    pass carries the inputs of the unquantized model along. refinement: how often, afterwards, the scales of a row are
+    each linear makes up for (QEP, Arai & Ichikawa 2025, arXiv:2504.09629); above 0 a second pass carries the inputs
+    of the unquantized model along, and 0 is plain GPTQ. refinement: how often, afterwards, the scales of a row are
     solved for together and each column then takes its best codes given all others, as in coordinate descent (Behdin
     et al. 2023, arXiv:2309.01885), with the scales solved for once more at the end.
     """
 
     name: ClassVar[str] = "quantize.gptq"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     uses_calibration: ClassVar[bool] = True
     codebooks: ClassVar[bool] = True
 
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
     range: Literal["minmax", "mse"] = "mse"
     act_order: bool = False
-    error_propagation: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    error_propagation: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
     refinement: int = Field(0, ge=0)
 
     def apply(self, model: Model, context: Context) -> None:
