@@ -31,11 +31,13 @@ from compress.plugin import step
 from tests.steps.test_distill_parallel import CASES, context, train
 for case in CASES:
     lines, digest = train(case)
-    print(f"{case} rank {distributed.get_rank()}: {' '.join(lines)}; {digest}", flush=True)
+    sys.stdout.write(f"{case} rank {distributed.get_rank()}: {' '.join(lines)}; {digest}\\n")
+    sys.stdout.flush()
 try:
     step("distill.on_policy")().apply(train.student(), context([]))
 except RecipeError as error:
-    print(f"refused rank {distributed.get_rank()}: {error}", flush=True)
+    sys.stdout.write(f"refused rank {distributed.get_rank()}: {error}\\n")
+    sys.stdout.flush()
 distributed.destroy_process_group()
 """
 
