@@ -17,6 +17,7 @@ from compress import artifact, environment, lineage, provenance, record, run, se
 from compress.errors import Corrupt, RecipeError, UnsafeInput
 from compress.interfaces import Context
 from compress.plugin import exporter, step
+from compress.report.markdown import escape
 from compress.store import Store
 from export.gguf import Gguf
 from tests.export.test_gguf import tiny
@@ -85,7 +86,7 @@ def test_the_card_has_the_hubs_front_matter_and_every_check(made, kind):
     assert (data["base_model"], data["license"], data["language"]) == ("model", "apache-2.0", ["en", "fr"])
     assert {kind, "quantized", "gated"} <= set(data["tags"]) and data["pipeline_tag"] == "text-generation"
     for check in export.gate.checks:
-        (row,) = [line for line in text.splitlines() if line.startswith(f"| {check.metric} |")]
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {escape(check.metric)} |")]
         assert row.endswith("| PASS |") and f"| {check.examples:,} |" in row
     (row,) = [line for line in text.splitlines() if line.startswith("| perplexity |")]
     assert re.search(r"\| [-+0-9.]+ to [-+0-9.]+ % \| 5 % \| 95 % \|", row), row
