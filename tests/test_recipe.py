@@ -558,7 +558,11 @@ def test_accuracy_is_a_check_like_others(where: str) -> None:
         ("{max_drop: 3, max_dorp: 3}", ": ", "unknown key 'max_dorp'; did you mean max_drop"),
         ("{max_drop: 20}", ": ", "no baseline exceeds chance on minimal_pairs (50%) by three such margins"),
         ("{max_drop: 3, tasks: [minimal_pair]}", ".tasks", "'minimal_pair'; did you mean minimal_pairs?"),
-        ("{max_drop: 3, tasks: [mmlu]}", ".tasks", "unknown task 'mmlu'; known: cloze, facts, lm_eval:NAME, minimal_pairs"),
+        (
+            "{max_drop: 3, tasks: [mmlu]}",
+            ".tasks",
+            "unknown task 'mmlu'; known: cloze, facts, lm_eval:NAME, minimal_pairs",
+        ),
         ("{max_drop: 3, tasks: []}", ".tasks", "at least 1 item"),
         ("{max_drop: 3, tasks: [cloze, cloze]}", ".tasks", "listed twice"),
         ("{max_drop: 3, tasks: cloze}", ".tasks", "expected a valid"),
