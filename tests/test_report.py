@@ -16,6 +16,7 @@ from compress.report import figures, render_html, render_markdown, summary_lines
 from compress.report.charts import Axis
 from compress.report.markup import element
 from compress.report.view import check as read_check
+from compress.report.view import worst
 from tests.records import (
     MARGIN,
     Record,
@@ -135,6 +136,13 @@ def test_failed_run_says_what_failed_and_by_how_much() -> None:
         assert "erplexity +55.10 % (lower bound +45.33 %, margin 5 %) at 95 % confidence" in output
         assert "76 documents, 8,588 tokens of pydoc" in output
     assert "compressed from" not in text and "What is proven" not in text
+
+
+def test_the_worst_check_is_the_one_that_leaves_least_of_its_own_margin() -> None:
+    loose = {"metric": "parity", "verdict": "PASS", "loss": 0.05, "upper": 0.05, "margin": 0.15}
+    tight = {**loose, "loss": 0.00001, "upper": 0.00001, "margin": 0.0001}
+    chosen = worst([read_check(tight), read_check(loose)], "parity")
+    assert chosen is not None and chosen.margin == 0.15
 
 
 def test_passed_run_claims_the_worst_bound_of_what_ships() -> None:

@@ -91,12 +91,14 @@ def measure(metric: str, unit: str) -> Measure:
         return Measure(_percent_change, _nats, " %", 2)
     if unit.startswith("of the allowed"):
         return Measure(lambda x: 100 * x, lambda x: x / 100, " %", 1)
-    if unit in {"fraction", "proportion", "share"}:
+    if unit in {"fraction", "proportion", "share", "share of tokens"}:
         return Measure(lambda x: 100 * x, lambda x: x / 100, " pp", 2)
     if "point" in unit:
         return Measure(float, float, " pp", 2)
     if unit == "bytes":
         return Measure(lambda x: x / 1e6, lambda x: x * 1e6, " MB", 1)
+    if unit == "standard deviations of a row of logits":
+        return Measure(float, float, " sd", 5)
     short = {"nats per token": "nats", "bits per weight": "bits"}.get(unit, unit)
     return Measure(float, float, f" {short}" if short else "", 4)
 

@@ -285,12 +285,14 @@ _NUMBERS = ("reference", "value", "loss", "lower", "upper", "margin", "confidenc
 
 
 def worst(checks: tuple[Check, ...] | list[Check], metric: str) -> Check | None:
-    """The check of a metric that is nearest to failing or beyond: what cannot be measured is worst."""
+    """The check of a metric that leaves least of its margin, or is beyond it: what cannot be measured is worst."""
     chosen = [c for c in checks if c.metric == metric]
 
     def badness(c: Check) -> tuple[int, float]:
         bound = c.upper if c.upper is not None else c.loss
         room = float("-inf") if bound is None or c.margin is None else c.margin - bound
+        if c.margin:
+            room /= abs(c.margin)
         return (SEVERITY.get(c.verdict, 3), room)
 
     return min(chosen, key=badness) if chosen else None
