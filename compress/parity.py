@@ -137,11 +137,20 @@ def _check(
     metric: str, data: Documents, loss: float, margin: float, examples: int, tokens: int, meaning: str
 ) -> CheckResult:
     written = metric == "parity_tokens"
+    result = _exact(metric, "share of tokens" if written else _UNIT, data, loss, margin, examples, tokens)
+    definition = f"{meaning}{'' if written else f', in {_UNIT}'}; deterministic, so without an interval."
+    return result.model_copy(update={"against": "the gated model", "definition": definition})
+
+
+def _exact(
+    metric: str, unit: str, data: Documents, loss: float, margin: float, examples: int, tokens: int
+) -> CheckResult:
+    """A deterministic loss against its margin: bounds and value are the loss itself."""
     return CheckResult(
         metric=metric,
-        unit="share of tokens" if written else _UNIT,
+        unit=unit,
         source=data.source,
-        against="the gated model",
+        against="prefill",
         reference=0.0,
         value=loss,
         loss=loss,
@@ -152,7 +161,7 @@ def _check(
         examples=examples,
         tokens=tokens,
         verdict=compare(loss, loss, margin),
-        definition=f"{meaning}{'' if written else f', in {_UNIT}'}; deterministic, so without an interval.",
+        definition="",
     )
 
 
@@ -207,22 +216,10 @@ def _on_source(model: LanguageModel, data: Documents, progress: Progress) -> Che
         tokens += len(window)
         progress(f"decode on {data.source}", (i + 1) / len(documents))
     mean = total / tokens if tokens else float("nan")
-    return CheckResult(
-        metric="decode",
-        unit="nats per token",
-        source=data.source,
-        against="prefill",
-        reference=0.0,
-        value=mean,
-        loss=mean,
-        lower=mean,
-        upper=mean,
-        margin=MARGIN,
-        confidence=1.0,
-        examples=len(documents),
-        tokens=tokens,
-        verdict=compare(mean, mean, MARGIN),
-        definition="mean KL(prefill‖decode): logits of one pass against token-by-token decoding through the "
-        "key-value cache, same runtime and weights; deterministic, so without an interval.",
-        details={"top1": agree / tokens} if tokens else {},
+    result = _exact("decode", "nats per token", data, mean, MARGIN, len(documents), tokens)
+    definition = (
+        "mean KL(prefill‖decode): logits of one pass against token-by-token decoding through the "
+        "key-value cache, same runtime and weights; deterministic, so without an interval."
     )
+    details = {"top1": agree / tokens} if tokens else {}
+    return result.model_copy(update={"definition": definition, "details": details})

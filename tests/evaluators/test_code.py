@@ -21,11 +21,8 @@ from compress.model import Model
 from compress.numerics.sampling import greedy, gumbel
 from evaluators import _problems, _sandbox
 from evaluators.code import Code, pass_at_k
-from tests.evaluators.sandboxed import needs_sandbox
 from tests.export import test_gguf
 from tests.test_cli import run as command
-
-pytestmark = needs_sandbox
 
 HUMANEVAL = {
     "task_id": "one",

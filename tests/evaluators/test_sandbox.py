@@ -10,9 +10,6 @@ import pytest
 from compress import permission
 from compress.errors import RecipeError
 from evaluators import _sandbox
-from tests.evaluators.sandboxed import needs_sandbox
-
-pytestmark = needs_sandbox
 
 
 @pytest.fixture(autouse=True)
