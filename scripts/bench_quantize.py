@@ -5,9 +5,10 @@ Usage: .venv/bin/python scripts/bench_quantize.py --text FILE [--windows 40] [--
 The text's first windows of 512 tokens are scored, every position but the first of each, against the same model before;
 calibration is windows of 512 tokens of wiki. bits: stored bits per weight over the linears of the blocks, and over the
 whole model. --chain adds one: a list of [step, fields]. --gguf: each chain's model is written as GGUF, too, and that
-file scored in llama.cpp against the same baseline, with its size in 10⁶ bytes. --peer: the interpreter of an environment with gptqmodel, which
-then quantizes the same model on the same calibration windows (4 bits, groups of 64, symmetric), and whose weights are
-scored by the same code. One JSON object per row, with ratios to the peer where there is one.
+file scored in llama.cpp against the same baseline, with its size in 10⁶ bytes. --peer: the interpreter of an
+environment with gptqmodel, which then quantizes the same model on the same calibration windows (4 bits, groups of 64,
+symmetric), and whose weights are scored by the same code. One JSON object per row, with ratios to the peer where there
+is one.
 """
 
 from __future__ import annotations
