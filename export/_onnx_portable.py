@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OPSET, IR_VERSION = 21, 10
 ROPES = ("default", "linear", "llama3")  # rotary frequencies that do not depend on the length of the input
-_LOWEST = -3.4028234663852886e38  # the smallest float32: a row that sees nothing must not become NaN
+LOWEST = -3.4028234663852886e38  # the smallest float32: a row that sees nothing must not become NaN
 
 
 def integer_type(encoding: Encoding) -> str:
@@ -44,14 +44,14 @@ def build(model: Model) -> Any:
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="compress")
 
 
-class _Graph:
+class Graph:
     """Nodes and initializers; every node is named by the part of the model that it belongs to."""
 
-    def __init__(self, tensors: Mapping[str, EncodedTensor | Tensor]):
+    def __init__(self, tensors: Mapping[str, EncodedTensor | Tensor], name: str):
         import onnx_ir as ir
 
         self.tensors = tensors
-        self.graph = ir.Graph([], [], nodes=[], name="decoder", opset_imports={"": OPSET})
+        self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET})
         self.shared: dict[Any, Any] = {}  # constants and converted weights, by what they are
         self.scope = ""
 
@@ -101,6 +101,33 @@ class _Graph:
                 self.shared[name] = value
         return self.shared[name]
 
+    def input(self, name: str) -> Any:
+        """An input of integers, (batch, sequence)."""
+        import onnx_ir as ir
+
+        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "sequence"]))
+        self.graph.inputs.append(value)
+        return value
+
+    def linear(self, module: str, x: Any, name: str = "") -> Any:
+        """The product with Wᵀ, and the bias if the model has one; name: of the value."""
+        self.scope = module
+        bias = f"{module}.bias"
+        W = self.op("Transpose", self.floats(f"{module}.weight"), perm=[1, 0])
+        x = self.op("MatMul", x, W, name="" if bias in self.tensors else name)
+        return self.op("Add", x, self.floats(bias), name=name) if bias in self.tensors else x
+
+    def finish(self, logits: Any, *shape: str | int) -> Any:
+        """The graph with its one output; raises CompressError where a tensor of the model is not used."""
+        import onnx_ir as ir
+
+        logits.type = ir.TensorType(ir.DataType.FLOAT)
+        logits.shape = ir.Shape(shape)
+        self.graph.outputs.append(logits)
+        if left := self.tensors.keys() - self.shared.keys():
+            raise CompressError(f"the ONNX graph does not use {', '.join(sorted(left)[:5])}")
+        return self.graph
+
     def _dequantized(self, name: str, tensor: EncodedTensor) -> Any:
         import onnx_ir as ir
         from onnx_ir.tensor_adapters import TorchTensor
@@ -126,11 +153,11 @@ def _integers(codes: Tensor, kind: str, name: str) -> Any:
     return ir.Tensor(array.astype(getattr(ml_dtypes, kind)) if kind.endswith("int4") else array, name=name)
 
 
-class _Decoder(_Graph):
+class _Decoder(Graph):
     """The forward pass, module by module, under the names that the model has for them."""
 
     def __init__(self, model: Model):
-        super().__init__(dict(model.tensors()))
+        super().__init__(dict(model.tensors()), "decoder")
         self.facts = model.facts
         self.parts = model.facts.architecture
         self.config = model.module.config
@@ -138,9 +165,7 @@ class _Decoder(_Graph):
 
     def build(self) -> Any:
         """The whole graph."""
-        import onnx_ir as ir
-
-        ids, mask = (self._input(name) for name in ("input_ids", "attention_mask"))
+        ids, mask = (self.input(name) for name in ("input_ids", "attention_mask"))
         self.scope = "positions"
         positions = self._positions(ids)
         allowed = self._allowed(positions, mask)
@@ -153,19 +178,7 @@ class _Decoder(_Graph):
         head = self.facts.embedding_tensor if self.facts.tied else f"{self.parts.head}.weight"
         self.scope = self.parts.head
         logits = self.op("MatMul", x, self.op("Transpose", self.floats(head), perm=[1, 0]), name="logits")
-        logits.type = ir.TensorType(ir.DataType.FLOAT)
-        logits.shape = ir.Shape(["batch", "sequence", self.facts.vocabulary])
-        self.graph.outputs.append(logits)
-        if left := self.tensors.keys() - self.shared.keys():
-            raise CompressError(f"the ONNX graph does not use {', '.join(sorted(left)[:5])}")
-        return self.graph
-
-    def _input(self, name: str) -> Any:
-        import onnx_ir as ir
-
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "sequence"]))
-        self.graph.inputs.append(value)
-        return value
+        return self.finish(logits, "batch", "sequence", self.facts.vocabulary)
 
     def _positions(self, ids: Any) -> Any:
         """0 … sequence - 1, (s,)."""
@@ -208,12 +221,6 @@ class _Decoder(_Graph):
         root = self.op("Sqrt", self.op("Add", mean, self.constant(self.config.rms_norm_eps, "float32")))
         return self.op("Mul", self.op("Div", x, root), self.floats(f"{module}.weight"))
 
-    def _linear(self, module: str, x: Any) -> Any:
-        self.scope = module
-        x = self.op("MatMul", x, self.op("Transpose", self.floats(f"{module}.weight"), perm=[1, 0]))
-        bias = f"{module}.bias"
-        return self.op("Add", x, self.floats(bias)) if bias in self.tensors else x
-
     def _attention(self, block: str, x: Any, rotation: tuple[Any, Any], allowed: Any) -> Any:
         """Query heads stand in groups beside the key and value head that they share, (b, kv, group, s, d)."""
         module, groups = f"{block}.self_attn", self.facts.heads // self.facts.kv_heads
@@ -223,15 +230,15 @@ class _Decoder(_Graph):
         self.scope = module
         scores = self.op("MatMul", q, self.op("Transpose", k, perm=[0, 1, 2, 4, 3]))
         scores = self.op("Mul", scores, self.constant(self.facts.head_size**-0.5, "float32"))
-        scores = self.op("Where", allowed, scores, self.constant(_LOWEST, "float32"))
+        scores = self.op("Where", allowed, scores, self.constant(LOWEST, "float32"))
         mixed = self.op("MatMul", self.op("Softmax", scores, axis=-1), v)
         rows = self.op("Transpose", mixed, perm=[0, 3, 1, 2, 4])
         rows = self.op("Reshape", rows, self.constant([0, 0, self.facts.sizes["q"]]))
-        return self._linear(f"{module}.o_proj", rows)
+        return self.linear(f"{module}.o_proj", rows)
 
     def _heads(self, module: str, part: str, x: Any, groups: int) -> Any:
         """One projection split into heads, (b, kv, groups, s, d), normalized where the model does so."""
-        x = self._linear(f"{module}.{part}_proj", x)
+        x = self.linear(f"{module}.{part}_proj", x)
         shape = [0, 0, self.facts.kv_heads, groups, self.facts.head_size]
         x = self.op("Reshape", x, self.constant(shape))
         norm = f"{module}.{part}_norm"
@@ -248,7 +255,7 @@ class _Decoder(_Graph):
         return self.op("Add", self.op("Mul", x, rotation[0]), self.op("Mul", turned, rotation[1]))
 
     def _mlp(self, block: str, x: Any) -> Any:
-        gate, up = (self._linear(f"{block}.mlp.{name}", x) for name in ("gate_proj", "up_proj"))
+        gate, up = (self.linear(f"{block}.mlp.{name}", x) for name in ("gate_proj", "up_proj"))
         self.scope = f"{block}.mlp"
         inner = self.op("Mul", self.op("Mul", gate, self.op("Sigmoid", gate)), up)
-        return self._linear(f"{block}.mlp.down_proj", inner)
+        return self.linear(f"{block}.mlp.down_proj", inner)

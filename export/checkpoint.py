@@ -77,7 +77,10 @@ class Checkpoint(Exporter):
         return f"gptq has one encoding for all linears, and {a} is {one}, {b} {other}; use format: compressed-tensors"
 
     def check(self, facts: Facts) -> None:
-        """Refuse where compressed-tensors is missing, and shapes that fill no words of gptq's layout."""
+        """Refuse classifiers, where compressed-tensors is missing, and shapes that fill no words of gptq's layout."""
+        if facts.labels:
+            kind = facts.architecture.model_type
+            raise RecipeError(f"checkpoint holds language models, and {kind} here tells classes apart; export to onnx")
         if self.format == "compressed-tensors":
             _require_package()
             return

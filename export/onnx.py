@@ -109,6 +109,12 @@ class Onnx(Exporter):
         if self.flavour == "portable":
             _check_portable(facts)
             return
+        if facts.labels:
+            kind = facts.architecture.model_type
+            raise RecipeError(
+                f"onnx: onnxruntime-genai runs language models, and {kind} here tells classes apart; "
+                "use flavour: portable"
+            )
         if alike := [name for name, (n, _) in facts.linears.items() if n == facts.vocabulary]:
             # The builder recognizes the head by its outputs alone, and would build a wrong graph silently.
             raise RecipeError(
@@ -165,11 +171,14 @@ class Onnx(Exporter):
         _require_packages("portable")
         from export import _onnx_file
         from export._onnxruntime import OnnxModel
+        from export._onnxruntime_classifier import OnnxClassifier
         from export._onnxruntime_portable import PortableModel
 
         graph = _onnx_file.load(path)
-        portable = graph.metadata_props.get(_onnx_file.FLAVOUR) == "portable"
-        return PortableModel(path, graph) if portable else OnnxModel(path, graph)
+        if graph.metadata_props.get(_onnx_file.FLAVOUR) != "portable":
+            return OnnxModel(path, graph)
+        per_text = len(graph.graph.outputs[0].shape or ()) == 2  # rather than per token
+        return OnnxClassifier(path, graph) if per_text else PortableModel(path, graph)
 
     def stored(self, path: Path) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
         """Every tensor read back from model.onnx and its data."""
@@ -193,9 +202,15 @@ def _require_packages(flavour: str) -> None:
 
 
 def _check_portable(facts: Facts) -> None:
-    """Refuse what our graph does not compute; raises RecipeError."""
+    """Refuse what our graphs do not compute; raises RecipeError."""
+    from export._onnx_encoder import ACTIVATIONS
     from export._onnx_portable import ROPES
 
+    if facts.labels:
+        if facts.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise RecipeError(f"onnx portable: the activation {facts.activation!r} is not written; known: {known}")
+        return
     if facts.rope not in ROPES:
         raise RecipeError(
             f"onnx portable: rope scaling {facts.rope!r} depends on the length; known: {', '.join(ROPES)}"
@@ -211,16 +226,17 @@ def _write_portable(model: Model, out: Path) -> None:
     import onnx
     import onnx_ir as ir
 
+    from export import _onnx_encoder, _onnx_portable
     from export._onnx_file import DATA, GRAPH, record
-    from export._onnx_portable import build
 
-    graph = build(model)
+    graph = (_onnx_encoder if model.labels else _onnx_portable).build(model)
     record(graph, dict(model.tensors()), "portable")
     ir.save(graph, out / GRAPH, external_data=DATA, size_threshold_bytes=0)
     onnx.checker.check_model(str(out / GRAPH), full_check=True)
     config = {**model.module.config.to_dict(), "architectures": [type(model.module).__name__]}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    model.module.generation_config.to_json_file(out / "generation_config.json")
+    if not model.labels:
+        model.module.generation_config.to_json_file(out / "generation_config.json")
     _write_tokenizer(model, out)
 
 

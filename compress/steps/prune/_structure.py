@@ -39,9 +39,9 @@ def twin_of(model: Model) -> Model:
     """A copy of the weights as they are now, which later changes do not reach."""
     import copy
 
-    from compress.model import Model as Copy
+    from compress.classifier import model_of
 
-    return Copy(copy.deepcopy(model.module), model.tokenizer)
+    return model_of(copy.deepcopy(model.module), model.tokenizer)
 
 
 def select_axis(architecture: Architecture, block: nn.Module, kept: Mapping[str, Tensor]) -> None:

@@ -42,6 +42,7 @@ class Gptq(WeightQuantization):
     """
 
     name: ClassVar[str] = "quantize.gptq"
+    classifiers: ClassVar[bool] = True
     version: ClassVar[int] = 4
     uses_calibration: ClassVar[bool] = True
     codebooks: ClassVar[bool] = True
