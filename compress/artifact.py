@@ -146,6 +146,7 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    from compress.conv1d import as_linears
     from compress.model import Model
     from compress.storage import materialize, unflatten
 
@@ -153,6 +154,7 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    as_linears(module)  # as the tensors were saved
     tensors, specs = load_file(folder / WEIGHTS), facts["encodings"]
     shelf = _shelf(folder, module, specs) if facts.get("streamed") else None
     inside = {n: spec for n, spec in specs.items() if shelf is None or shelf.index(n) is None}

@@ -25,7 +25,7 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
             _check_order(recipe, shapes[i], i, path, step)
         _check_margins(recipe, i, entry)
     if recipe.streaming:
-        _check_streaming(recipe)
+        _check_streaming(recipe, facts)
     _check_measurements(recipe, facts)
     _check_rounded_once(recipe, shapes)
     _check_refined(recipe, shapes)
@@ -159,8 +159,12 @@ def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
             raise _refusal(recipe, ("steps", i, entry.step.name), message)
 
 
-def _check_streaming(recipe: Recipe) -> None:
+def _check_streaming(recipe: Recipe, facts: Facts) -> None:
     """What reads a model out of order, or holds all of it, has no place where one block is in memory."""
+    if facts.architecture.transposed:
+        kind = facts.architecture.model_type
+        message = f"streaming reads no transposed linears, which {kind} has; leave it out"
+        raise _refusal(recipe, ("streaming",), message)
     for i, entry in enumerate(recipe.steps):
         for path, step in _attempts(entry, i):
             if not step.streams:

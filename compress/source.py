@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from compress.architectures import ARCHITECTURES, Facts
+from compress.architectures import Facts
 from compress.errors import Corrupt, NetworkError, RecipeError, UnsafeInput
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 # llama.cpp, src/llama-vocab.cpp: "smollm" splits every digit, then applies GPT-2's pattern.
 _SPLITS_DIGITS = {"smollm", "refact", "codeshell", "exaone", "minerva-7b", "command-r"}
 _GPT2_PATTERN = {"gpt-2", "default"}
+_GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # read from a file
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,12 @@ def _gguf_fields(path: Path, modified_ns: int) -> Mapping[str, Any]:
 def _gguf_config(path: Path) -> dict[str, Any]:
     fields = gguf_fields(path)
     kind = str(fields.get("general.architecture", ""))
-    if kind not in ARCHITECTURES:
-        raise RecipeError(f"{path.name}: architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if kind not in _GGUF_ARCHITECTURES:
+        known = ", ".join(_GGUF_ARCHITECTURES)
+        raise RecipeError(
+            f"{path.name}: architecture {kind!r} is not supported in a GGUF file (supported: {known}); "
+            "use the safetensors"
+        )
     heads = fields[f"{kind}.attention.head_count"]
     tensors = fields["tensor_types"]
     embedding = fields.get(f"{kind}.vocab_size")
@@ -178,7 +183,12 @@ def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
     source = download(resolve(spec))
     if streaming and source.kind == "gguf":
         raise RecipeError(f"model {spec}: streaming reads a folder of safetensors, and this is a GGUF file")
-    facts(source)  # an unsupported architecture is refused before any weight is read
+    known = facts(source)  # an unsupported architecture is refused before any weight is read
+    if streaming and known.architecture.transposed:
+        raise RecipeError(
+            f"model {spec}: streaming reads no transposed linears, which {known.architecture.model_type} has; "
+            "set streaming: false"
+        )
     if source.kind == "gguf":
         return _load_gguf(source, dtype)
     if streaming:

@@ -74,6 +74,9 @@ def materialize(module: Any, state: Mapping[str, Tensor], shelf: Shelf | None = 
         raise Corrupt(f"tensor {left[0]} is missing from model.safetensors")
     for name, child in module.named_modules():
         if any(b.is_meta for b in child.buffers(recurse=False)):
+            if hasattr(child, "scalar_embed_scale"):  # Gemma's, of the embedding
+                child.embed_scale = torch.tensor(child.scalar_embed_scale)
+                continue
             if not hasattr(child, "rope_type"):
                 raise Corrupt(f"module {name} has a buffer that its config does not determine")
             with torch.device("cpu"):

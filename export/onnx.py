@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GENAI = ("llama", "mistral", "qwen2", "qwen3")  # architectures whose built graphs we know tensor by tensor
 PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 
 
@@ -109,6 +110,11 @@ class Onnx(Exporter):
         if self.flavour == "portable":
             _check_portable(facts)
             return
+        if facts.architecture.model_type not in GENAI:
+            raise RecipeError(
+                f"onnx genai carries exact weights into graphs of {', '.join(GENAI)}, not of "
+                f"{facts.architecture.model_type}; use flavour: portable"
+            )
         if alike := [name for name, (n, _) in facts.linears.items() if n == facts.vocabulary]:
             # The builder recognizes the head by its outputs alone, and would build a wrong graph silently.
             raise RecipeError(
@@ -194,15 +200,18 @@ def _require_packages(flavour: str) -> None:
 
 def _check_portable(facts: Facts) -> None:
     """Refuse what our graph does not compute; raises RecipeError."""
-    from export._onnx_portable import ROPES
+    from export._onnx_portable import ACTIVATIONS, ROPES
 
     if facts.rope not in ROPES:
         raise RecipeError(
             f"onnx portable: rope scaling {facts.rope!r} depends on the length; known: {', '.join(ROPES)}"
         )
-    if facts.activation != "silu":
-        raise RecipeError(f"onnx portable computes silu, not {facts.activation!r}; use flavour: genai")
-    if facts.window is not None:
+    if facts.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise RecipeError(
+            f"onnx portable computes {known}, not {facts.activation!r}; use flavour: genai, where it takes the model"
+        )
+    if facts.window is not None and not facts.architecture.sliding_period:
         raise RecipeError(f"onnx portable has no sliding window, and here it is {facts.window}; use flavour: genai")
 
 

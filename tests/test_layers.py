@@ -12,7 +12,7 @@ LAYERS = [
     ("compress.lock", "compress.environment"),
     ("compress.numerics",),
     ("compress.encodings", "compress.architectures", "compress.rounding"),
-    ("compress.attention",),
+    ("compress.attention", "compress.conv1d"),
     ("compress.storage", "compress.streaming"),
     ("compress.model", "compress.source", "compress.permutation", "compress.ggml_mixes"),
     ("compress.data", "compress.artifact", "compress.blocks", "compress.lineage"),
