@@ -291,7 +291,7 @@ def facts_of(kind: str, **options: object) -> Facts:
         ("gemma2", "prune.neurons", {"fraction": 0.5, "update": "stream"}, "a norm stands before it"),
         ("gemma3_text", "prune.heads", {"groups": 1, "update": "stream"}, "a norm stands before it"),
         ("gemma2", "prune.layers", {"count": 1, "update": "stream"}, "a norm stands before it"),
-        ("gemma2", "quantize.kv_cache", {}, "caps its attention at 50"),
+        ("gemma2", "quantize.kv_cache", {}, "caps its attention at 20"),
         ("gpt2", "quantize.ggml", {"preset": "Q8_0"}, "mix for a gpt2.* is not known; name a type"),
         ("phi3", "distill.hidden", {**FIELDS["distill.hidden"], "relations": 1.0}, "one matrix in a phi3"),
     ],

@@ -89,6 +89,8 @@ def tiny_module(kind: str, seed: int = 0, **options: Any) -> Any:
         own |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     if kind in ("gemma2", "gemma3_text"):
         own |= {"sliding_window": 16, "query_pre_attn_scalar": 16}
+    if kind == "gemma2":  # other caps than its config's and llama.cpp's own
+        own |= {"final_logit_softcapping": 9.0, "attn_logit_softcapping": 20.0}
     if kind == "gemma3_text":
         own["num_hidden_layers"] = 6  # the last of which has no window
     config = AutoConfig.for_model(kind, **{**shape, **ends, **own, **options})
