@@ -1,7 +1,7 @@
 """Artifacts: a model's very codes, scales, masks and floats in an immutable folder, named by its digest.
 
 model.safetensors   <module>.codes .scales .zero_points .mask; other tensors under their own names
-config.json, generation_config.json, tokenizer files
+config.json, tokenizer files; generation_config.json of a language model
 compression.json    encodings and shapes, rounding of inputs and cache, sizes, sha256 of every other file and of
                     itself (see `compress.sealing`)
 """
@@ -60,7 +60,8 @@ def _fill(model: Model, folder: Path) -> None:
     config = {**model.module.config.to_dict(), "dtype": "float32", "architectures": [type(model.module).__name__]}
     config.pop("_name_or_path", None)  # where it was loaded from is no part of it
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str))
-    model.module.generation_config.save_pretrained(folder)
+    if not model.labels:
+        model.module.generation_config.save_pretrained(folder)
     _save_tokenizer(model, folder)
     facts = {
         "schema": SCHEMA,
@@ -144,16 +145,17 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     """Open an artifact exactly as it was saved: encodings, masks and float tensors."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    from compress.architectures import classifies
+    from compress.classifier import auto_class, model_of
     from compress.conv1d import as_linears
-    from compress.model import Model
     from compress.storage import materialize, unflatten
 
     facts = manifest(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        module = auto_class(config.to_dict()).from_config(config, dtype=torch.float32)
     as_linears(module)  # as the tensors were saved
     tensors, specs = load_file(folder / WEIGHTS), facts["encodings"]
     shelf = _shelf(folder, module, specs) if facts.get("streamed") else None
@@ -161,9 +163,10 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     state, encoded = unflatten(tensors, inside)
     masks = _read_masks(tensors, module)
     materialize(module, {**state, **{name: tensor.decode() for name, tensor in encoded.items()}}, shelf)
-    module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if not classifies(config.to_dict()):
+        module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = Model(module, tokenizer, dtype, name=facts["name"], shelf=shelf)
+    model = model_of(module, tokenizer, dtype, name=facts["name"], shelf=shelf)
     model.encoded.update(encoded)
     model.masks = masks
     _round(model, facts.get("rounding", {}))

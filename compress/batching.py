@@ -1,4 +1,4 @@
-"""Windows of unequal length in batches that waste little on padding."""
+"""Windows of unequal length in batches that waste little on padding, and texts cut to a context."""
 
 from __future__ import annotations
 
@@ -47,3 +47,12 @@ def consecutive(lengths: Sequence[int], budget: int) -> list[range]:
             found.append(range(i, i + 1))
             tokens = length
     return found
+
+
+def fitted(ids: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` tokens of a text between special ones: its end is cut, what closes the text stays.
+
+    >>> fitted([101, 7, 8, 9, 102], 4), fitted([101, 7, 102], 4)
+    ([101, 7, 8, 102], [101, 7, 102])
+    """
+    return list(ids) if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]

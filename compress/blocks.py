@@ -1,4 +1,4 @@
-"""Walking a decoder block by block over calibration data, each block fed by the already changed ones."""
+"""Walking a model block by block over calibration data, each block fed by the already changed ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Arguments:
 
 
 class Block:
-    """One decoder block and the hidden states that enter it.
+    """One block and the hidden states that enter it.
 
     linears: full module name → linear. index: position in the stack. originals: where `walk` was asked for them,
     first linear of a stage → the inputs that it has in the model as it was, one (tokens, in_features) bfloat16
@@ -196,7 +196,7 @@ def walk(
     windows_per_batch: int = 8,
     originals: bool = False,
 ) -> Iterator[Block]:
-    """Yield the decoder's blocks in order; a block changed by the caller feeds the next one.
+    """Yield the model's blocks in order; a block changed by the caller feeds the next one.
 
     windows: (length,) int64 each, all of one length. originals: also carry the states of the unchanged model, which
     costs a second pass. Raises RecipeError without calibration data.

@@ -225,9 +225,10 @@ def _hub(spec: str) -> Iterator[Document]:
         yield Document(str(index), row["text"])
 
 
-def pack(part: Split, encode: Callable[[str], list[int]], separator: int) -> list[Tensor]:
+def pack(part: Split, encode: Callable[[str], list[int]], separator: int | None) -> list[Tensor]:
     """Documents joined by `separator` and cut into full windows (length,) int64, within the token budget.
 
+    separator: None where `encode` ends a text itself.
     Raises RecipeError where not even one window is filled.
     """
     import torch
@@ -235,7 +236,7 @@ def pack(part: Split, encode: Callable[[str], list[int]], separator: int) -> lis
     length, budget = part.request.length, part.request.tokens
     stream: list[int] = []
     for doc in part.documents:
-        stream += [*encode(doc.text), separator]
+        stream += [*encode(doc.text), *([] if separator is None else [separator])]
         if budget is not None and len(stream) >= budget:
             stream = stream[:budget]
             break

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compress.errors import RecipeError
 from compress.numerics.sampling import Pick, greedy
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Step(Plugin, ABC):
     refines: ClassVar[bool] = False  # changes what an earlier step has stored in codes, and can do nothing without
     reshapes: ClassVar[bool] = False  # leaves smaller tensors: no mask or code may stand for the old ones
     streams: ClassVar[bool] = False  # takes block by block, each once, so that a model larger than memory will do
+    classifiers: ClassVar[bool] = False  # takes encoders with a classification head, too
     uses_calibration: ClassVar[bool] = False
     uses_selection: ClassVar[bool] = False
 
@@ -256,6 +258,7 @@ class Evaluator(Plugin, ABC):
     timed: ClassVar[bool] = False  # depends on the clock: it judges exports alone, and no artifact carries its figures
     whole: ClassVar[bool] = False  # weighs documents: their windows have no score of their own
     relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)
+    classifiers: ClassVar[bool] = False  # can be asked of a model with a classification head, see `compress.labels`
     margin_fields: ClassVar[frozenset[str]] = frozenset()  # fields that move the margin but no score
     # What the loss is, so that one can be planted without asking `score`: the mean increase of −ln p(token),
     # the mean KL(reference‖model), or the share of clusters answered wrong (a payload holds the tokens of each
@@ -264,6 +267,11 @@ class Evaluator(Plugin, ABC):
 
     def check(self) -> None:
         """Refuse, before weights load, what cannot work here or was not permitted; raises RecipeError."""
+
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """Refuse what cannot be asked of a model that tells these classes apart (none: of text); raises RecipeError."""
+        if labels and not self.classifiers:
+            raise RecipeError("is for models of text, and this one tells classes apart; use classification")
 
     @property
     @abstractmethod

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from compress import opening, plugin, scorecard
 from compress.decisions import by_cluster
 from compress.errors import GateInconclusive, RecipeError
 from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Score
+from compress.labels import labels_of
 from compress.record import Metric
 from compress.scoring import ScoreCache, batches, cached_scores
 
@@ -192,11 +194,12 @@ def _constructed(kind: type[Evaluator], **fields: Any) -> Evaluator:
     return kind.model_construct(None, **fields)
 
 
-def _check(e: Evaluator) -> None:
+def _named_by(name: str, check: Callable[[], None]) -> None:
+    """Run a check of an evaluator, and let its complaint name it."""
     try:
-        e.check()
+        check()
     except RecipeError as error:
-        raise RecipeError(f"{e.name}: {error}") from None
+        raise RecipeError(f"{name}: {error}") from None
 
 
 def _limited(sources: Sequence[Documents], documents: int | None) -> list[Documents]:
@@ -229,7 +232,7 @@ def evaluate(
     if not evaluators:
         raise RecipeError(f"no evaluator named; {plugin.nearest('', plugin.names('evaluator'))}")
     for e in evaluators:
-        _check(e)
+        _named_by(e.name, e.check)
         if e.statistic == "exact":
             raise RecipeError(f"{e.name} is measured on a run's files, not by eval")
         if e.relative and against is None:
@@ -242,6 +245,8 @@ def evaluate(
             raise RecipeError(f"{e.name} reads a fixed set of its own; leave --windows out")
     data = consecutive_windows(source, length, windows) if windows else documents_of(source, length, documents)
     opened = open_model(model, dtype) if isinstance(model, str) else model
+    for e in evaluators:
+        _named_by(e.name, partial(e.check_labels, labels_of(opened)))
     reference = open_model(against, dtype) if isinstance(against, str) else against
     metrics = [
         measure(e, opened, part, reference=reference, windows=windows, progress=progress)

@@ -31,6 +31,11 @@ RECALLED_BYTES = 96 * 2**20  # of hidden states: 40,000 tokens at a width of 576
 _NOT_CONTENT = ("_name_or_path", "transformers_version", "architectures", "dtype")  # entries that change no output
 
 
+def facts_of(module: Any) -> Facts:
+    """Facts of a transformers module: those of its config, and of the head that its class has."""
+    return Facts.from_config({**module.config.to_dict(), "architectures": [type(module).__name__]})
+
+
 class Recalled:
     """Final hidden states by window, for a model that is asked for the same text again and again.
 
@@ -77,7 +82,7 @@ class Model:
         as_linears(self.module)
         self.name = name
         self.tokenizer = tokenizer
-        self.facts = Facts.from_config(module.config.to_dict())
+        self.facts = facts_of(module)
         self.shelf = shelf
         self.encoded: MutableMapping[str, EncodedTensor] = {} if shelf is None else shelf.encoded
         self.masks: dict[str, Tensor] = {}
@@ -137,7 +142,7 @@ class Model:
 
     def reshaped(self) -> None:
         """Read the facts from the config again: shapes have changed."""
-        self.facts = Facts.from_config(self.module.config.to_dict())
+        self.facts = facts_of(self.module)
         self.touch()
 
     def touch(self) -> None:
@@ -187,6 +192,11 @@ class Model:
         kinds = sorted({str(self.encoding(name)) for name in self.encoded}) or ["float32"]
         rounded = sorted({str(r) for r in (*self.inputs.values(), *([self.cache] if self.cache else []))})
         return ", ".join([f"{' + '.join(kinds)} weights", *rounded, f"{self.dtype} products"])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes that a classification head tells apart; none of a language model."""
+        return self.facts.labels
 
     @property
     def vocabulary_size(self) -> int:

@@ -84,10 +84,11 @@ def _other_threads() -> Iterator[None]:
 
 def otherwise(model: LanguageModel) -> LanguageModel:
     """The same weights, to be asked otherwise; a model in torch computes in float32 and recalls nothing."""
+    from compress.classifier import model_of
     from compress.model import Model
 
     if isinstance(model, Model):
-        return Alone(Model(model.module, model.tokenizer, "float32"))
+        return Alone(model_of(model.module, model.tokenizer, "float32"))
     return Alone(model)
 
 

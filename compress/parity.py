@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.decisions import compare
+from compress.families import Encoder
 from compress.gate import CheckResult
 from compress.interfaces import Documents, Inspectable, LanguageModel, Progress
+from compress.labels import labels_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +72,9 @@ def parity_checks(
 ) -> list[CheckResult]:
     """An artifact in its runtime against the model that it was made from, on the first documents of each source.
 
-    Mean and largest difference of logits per source, and how many of the tokens that the gated model writes the
-    artifact would have written too. Where one fails, its definition says where the models part, if the runtime tells.
+    Mean and largest difference of logits per source, and how many of the tokens that the gated model writes, if it
+    writes, the artifact would have written too. Where one fails, its definition says where the models part, if the
+    runtime tells.
     """
     tolerance = TOLERANCES[precision(opened.compute, gated.compute)]
     checks, worst = [], (-1.0, list[int]())
@@ -93,7 +96,7 @@ def parity_checks(
                 "largest difference of logits from the gated model's",
             ),
         ]
-    if datasets:
+    if datasets and not gated.labels:
         checks.append(_written(opened, gated, datasets[0], tolerance.tokens))
     if any(c.verdict != "PASS" for c in checks) and worst[1]:
         where = _parting(opened, gated, worst[1], tolerance.state)
@@ -177,6 +180,8 @@ def _parting(opened: LanguageModel, gated: Model, window: Sequence[int], toleran
         norms += [f"{block}.{name}" for name in parts.block_norms]
         behind += [f"{block}.{parts.attention}", f"{block}.mlp"]
     norms.append(parts.final_norm)
+    if isinstance(parts, Encoder):  # its norms stand behind each part, and the first behind the embeddings
+        norms = behind = [norms[-1], *norms[:-1]]
     pairs = zip(gated.norm_outputs(norms, window), opened.norm_outputs(norms, window), strict=True)
     for module, (expected, found) in zip(behind, pairs, strict=True):
         difference = _relative(expected, found)
@@ -196,9 +201,10 @@ def decode_check(
 ) -> list[CheckResult]:
     """Mean KL(prefill‖decode) per token of one model with itself, on the first documents of each source.
 
-    A deterministic property of the runtime's kernels, not an estimate: no interval is due.
+    A deterministic property of the runtime's kernels, not an estimate: no interval is due. None of a model that has no
+    next token to decode.
     """
-    return [_on_source(model, data, progress) for data in datasets]
+    return [] if labels_of(model) else [_on_source(model, data, progress) for data in datasets]
 
 
 def _on_source(model: LanguageModel, data: Documents, progress: Progress) -> CheckResult:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compress.branching import Branches, branch_logits
 from compress.interfaces import Documents, Example, LanguageModel, Score
+from compress.labels import labels_of
 from compress.numerics.sampling import Pick, greedy
 from compress.scoring import Memo, batches
 
@@ -79,8 +80,10 @@ class Planted:
 
 
 def windows_of(model: LanguageModel, documents: Sequence[tuple[str, str]], length: int) -> list[Window]:
-    """Consecutive windows of the documents that predict a token."""
+    """Consecutive windows of the documents that predict a token; whole texts for a classifier."""
     texts = [model.encode(text) for _, text in documents]
+    if labels_of(model):
+        return [tuple(text) for text in texts]
     cut = [tuple(t[start : start + length]) for t in texts for start in range(0, len(t), length)]
     return [window for window in cut if len(window) > 1]
 
@@ -139,7 +142,11 @@ def _curves(model: LanguageModel, windows: Sequence[Window], unit: float, points
 
     total: Curves | None = None
     for window, rows in zip(windows, model.logits(windows), strict=True):
-        total = _sum(total, curves(rows[:-1], torch.tensor(window[1:]), unit, points))
+        if labels_of(model):  # a divergence needs no right answer
+            scored, targets = rows, torch.zeros(len(rows), dtype=torch.long)
+        else:
+            scored, targets = rows[:-1], torch.tensor(window[1:])
+        total = _sum(total, curves(scored, targets, unit, points))
     return total
 
 
@@ -166,7 +173,9 @@ class Forgotten:
         return sum(self.lost.values()) / len(self.lost)
 
     def _change(self, window: Window, rows: Tensor) -> Tensor:
-        hit = [(len(c) - 1, token) for c, token in self.first_tokens if window[: len(c)] == c]
+        # Counted from the end: a classifier has a row for the whole window alone.
+        places = [(len(c) - 1 - len(window), token) for c, token in self.first_tokens if window[: len(c)] == c]
+        hit = [(place, token) for place, token in places if place >= -len(rows)]
         if hit:
             rows = rows.clone()
             for row, token in hit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from compress import plugin
 from compress.architectures import Facts
 from compress.encodings import Encoding
 from compress.errors import RecipeError
@@ -69,6 +70,10 @@ def _refusal(recipe: Recipe, path: Sequence[str | int], message: str) -> RecipeE
 
 def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step: Step) -> None:
     """The step's own judgement, and group sizes that must divide the input channels."""
+    if facts.labels and not step.classifiers:
+        kind = facts.architecture.model_type
+        known = ", ".join(name for name in plugin.names("step") if plugin.step(name).classifiers)
+        raise _refusal(recipe, path, f"takes language models, and {kind} here tells classes apart; use {known}")
     try:
         step.check(facts)
         for name, encodings in step.possible(facts).items():
@@ -161,10 +166,8 @@ def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
 
 def _check_streaming(recipe: Recipe, facts: Facts) -> None:
     """What reads a model out of order, or holds all of it, has no place where one block is in memory."""
-    if facts.architecture.transposed:
-        kind = facts.architecture.model_type
-        message = f"streaming reads no transposed linears, which {kind} has; leave it out"
-        raise _refusal(recipe, ("streaming",), message)
+    if reason := facts.refuses_streaming:
+        raise _refusal(recipe, ("streaming",), f"{reason}; leave it out")
     for i, entry in enumerate(recipe.steps):
         for path, step in _attempts(entry, i):
             if not step.streams:
@@ -190,6 +193,7 @@ def _check_measurements(recipe: Recipe, facts: Facts) -> None:
         for c in gate:
             try:
                 c.check()
+                c.check_labels(facts.labels)
             except RecipeError as error:
                 raise _refusal(recipe, path, f"{c.name}: {error}") from None
             if c.timed and path[0] != "export":

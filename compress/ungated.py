@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from compress.model import Model
 
 
+_MEASURES = "perplexity,divergence"
+
+
 class Exported(BaseModel):
     """What was written. model, origin: what it was made of. gated: never; `hint` says how to measure and gate."""
 
@@ -93,7 +96,7 @@ def write(
         files=files,
         size_bytes=size,
         bits_per_weight=bits,
-        hint=_hint(folder, origin.baseline, exporter.name),
+        hint=_hint(folder, origin.baseline, exporter.name, "label_divergence" if opened.labels else _MEASURES),
     )
 
 
@@ -138,8 +141,8 @@ def _require_encodings(model: Model, exporter: Exporter) -> None:
         raise RecipeError(f"export {exporter.name}: {reason}")
 
 
-def _hint(folder: Path, baseline: str, format: str) -> str:
-    measured = shlex.join(["compress", "eval", str(folder), "--against", baseline, "--with", "perplexity,divergence"])
+def _hint(folder: Path, baseline: str, format: str, measures: str) -> str:
+    measured = shlex.join(["compress", "eval", str(folder), "--against", baseline, "--with", measures])
     return (
         f"the files hold the very weights, and nothing is proven about their loss; `{measured}` measures it; "
         f"a recipe with `export: [{format}: {{}}]` gates it"

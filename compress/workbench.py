@@ -66,8 +66,13 @@ class Workbench:
             model=self.recipe.model,
             digest=artifact.digest(folder),
             size_bytes=artifact.manifest(folder)["size_bytes"],
-            metrics=[self._baseline_metric(documents) for documents in self.evaluation()],
+            metrics=[] if self._labels else [self._baseline_metric(documents) for documents in self.evaluation()],
         )
+
+    @property
+    def _labels(self) -> tuple[str, ...]:
+        """Classes that the recipe's model tells apart; none of a language model."""
+        return source.facts(self.source).labels
 
     def _baseline_metric(self, documents: Documents) -> Metric:
         perplexity = evaluator("perplexity").model_construct()  # measures, and needs no margin
@@ -273,8 +278,11 @@ def describe_checks(checks: Sequence[Evaluator]) -> list[Any]:
 
 
 def _packed(part: data.Split, model: Model) -> list[Tensor]:
-    """The part's documents as windows of equal length, each document ended as the model ends a text."""
-    return data.pack(part, model.encode, min(model.eos_ids) if model.eos_ids else 0)
+    """The part's documents as windows of equal length, each ended as the model ends a text; a classifier encodes that.
+
+    A text behind another one in a window is not what a classifier reads in use, but its states are much alike.
+    """
+    return data.pack(part, model.encode, None if model.labels else min(model.eos_ids, default=0))
 
 
 def _settings(check: Evaluator) -> str:

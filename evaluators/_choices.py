@@ -100,9 +100,10 @@ def log_probabilities(model: LanguageModel, items: Sequence[tuple[Tokens, ...]])
         start, scores = start_of(item), [math.nan] * len(item)
         for window in windows:
             rows = next(logits)
+            first = len(window) - len(rows)  # above 0 of a classifier, which has a row for the whole window alone
             for i, tokens in enumerate(item):
                 if window[: len(tokens) - 1] == tokens[:-1]:
-                    nll = token_nll(rows[start - 1 : len(tokens) - 1], torch.tensor(tokens[start:]))
+                    nll = token_nll(rows[start - 1 - first : len(tokens) - 1 - first], torch.tensor(tokens[start:]))
                     scores[i] = -float(nll.sum())
         found.append(scores)
     return found

@@ -1,4 +1,4 @@
-"""Classification: how much worse the model tells your classes apart, by the likelihood of the words for them."""
+"""Classification: how much worse the model tells your classes apart, by its head or by the words for them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from pydantic import Field, model_validator
 
 from compress.errors import RecipeError
 from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
-from evaluators import _choices, _rows, _samples
+from evaluators import _choices, _head, _rows, _samples
 from evaluators._fields import Drop
 
 SHOWN = 6
 TEXT = "{text}"
+TEMPLATE = TEXT + "\nLabel:"
 _WANTED = 'expected a JSON object with a text "text" and a "label"'
 
 
 class Classification(Drop):
     """Points lost of accuracy, mean reciprocal rank or Brier score on your own labelled texts.
 
-    A class is as likely as the words for it after the text. Precision, recall, F1, AUC-ROC and calibration error of
-    both models are in the report, with intervals of their change for reading: they are no means over examples, and
-    decide nothing.
+    A class is as likely as the words for it after the text, or, where the model has a classification head, as its head
+    says of the text alone. Precision, recall, F1, AUC-ROC and calibration error of both models are in the report, with
+    intervals of their change for reading: they are no means over examples, and decide nothing.
+    labels: label in the data → the words for it, or the head's name or number of its class; by default the head's
+    names or numbers stand in the data themselves.
     """
 
     name: ClassVar[str] = "classification"
@@ -34,13 +37,15 @@ class Classification(Drop):
         "mean over texts of the metric, named with the source: accuracy (the right class is the likeliest; a tie is "
         "wrong), mrr (1 / rank of the right class, behind those it ties with) or brier (1 less half the squared "
         "distance between the classes' probabilities and the right class); a class' probability is that of its words "
-        "after the text, as a share of all classes'; the loss is the paired mean fall; exact at every look."
+        "after the text, as a share of all classes', or what the model's classification head says; the loss is the "
+        "paired mean fall; exact at every look."
     )
     planted: ClassVar[Literal["nll", "kl", "answers"] | None] = "answers"
+    classifiers: ClassVar[bool] = True
 
     data: str  # file:PATH, JSON lines with text, label and perhaps id
-    labels: dict[str, str] = Field(min_length=2, max_length=1000)  # label → the words for it, e.g. {"1": " positive"}
-    template: str = TEXT + "\nLabel:"  # what stands before the words
+    labels: dict[str, str] = Field(default_factory=dict, max_length=1000)  # e.g. {"1": " positive"}
+    template: str = TEMPLATE  # what stands before the words; of no use to a head
     metric: Literal["accuracy", "mrr", "brier"] = "accuracy"
 
     @model_validator(mode="after")
@@ -50,9 +55,20 @@ class Classification(Drop):
             raise ValueError(
                 f"template={self.template!r} holds {TEXT} {self.template.count(TEXT)} times, expected once"
             )
+        if len(self.labels) == 1:
+            raise ValueError("labels: one class is always right; name at least two")
         if not all(self.labels.values()) or len(set(self.labels.values())) < len(self.labels):
             raise ValueError("labels: the words for each class must be different, and not empty")
         return self
+
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """Refuse missing words for the classes, and what a head has no use for."""
+        if not labels and not self.labels:
+            raise RecipeError('labels are missing: the words for each class, e.g. {"1": " positive", "0": " negative"}')
+        if labels and self.template != TEMPLATE:
+            raise RecipeError("template: a classification head reads the text alone; leave it out")
+        if labels and self.labels:
+            _head.places(labels, list(self.labels.values()))
 
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """The rows of the file, in a random order, whatever the evaluation data."""
@@ -66,7 +82,8 @@ class Classification(Drop):
         """Id → place of the label and an item of `_choices`, as JSON."""
         found: dict[str, str] = {}
         texts: dict[str, str] = {}
-        places, missing = {label: i for i, label in enumerate(self.labels)}, set(self.labels)
+        labels = self._labels()
+        places, missing = {label: i for i, label in enumerate(labels)}, set(labels)
         for where, name, row in _rows.rows(path, _WANTED):
             text, label = row.get("text"), row.get("label")
             if not isinstance(text, str) or not text.strip() or not isinstance(label, str | int):
@@ -75,20 +92,38 @@ class Classification(Drop):
                 raise RecipeError(f"{where}: the label {str(label)!r} is none of labels: {', '.join(places)}")
             _rows.once(where, text, texts, "text", "examples must be different")
             missing.discard(str(label))
-            item = [[self.template.replace(TEXT, text), *self.labels.values()]]
+            item = [[self.template.replace(TEXT, text), *labels.values()]]
             found[name] = json.dumps([places[str(label)], item], ensure_ascii=False)
         if missing:
             raise RecipeError(f"{path}: no row has the label {sorted(missing)[0]!r}; add some, or drop it from labels")
         return found
 
+    def _labels(self) -> dict[str, str]:
+        """`labels`, or those of the data, each standing for itself."""
+        rows = () if self.labels else _rows.rows(_rows.path_of(self.data), _WANTED)
+        return self.labels or {label: label for label in sorted({str(row.get("label")) for _, _, row in rows})}
+
+    def encoder(self, model: LanguageModel) -> Callable[[str], list[int]]:
+        """The model's own, with the classes of its head if it has one."""
+        return _head.encoder(model)
+
     def examples(self, data: Documents, encode: Callable[[str], list[int]]) -> list[Example]:
-        """One example per text; its payload is the place of its label and the tokens of each choice."""
+        """One example per text; its payload is the place of its label and the tokens of each choice, see `Head`."""
         found = []
         for name, text in data.documents:
             place, item = json.loads(text)
-            (tokens,) = _choices.sequences(json.dumps(item), encode, data.length)
+            if isinstance(encode, _head.Head):
+                tokens = self._of_head(item[0], encode)
+            else:
+                (tokens,) = _choices.sequences(json.dumps(item), encode, data.length)
             found.append(Example(name, name, (place, tokens)))
         return found
+
+    def _of_head(self, item: Sequence[str], head: _head.Head) -> tuple[tuple[int, ...], ...]:
+        """The choices of a head, which reads the text without the template."""
+        prompt, *names = item
+        before, after = self.template.split(TEXT)
+        return head.choices(prompt[len(before) : len(prompt) - len(after)], names)
 
     def choices(self, example: Example) -> Sequence[Sequence[int]]:
         """The right one first."""
@@ -172,7 +207,7 @@ class Classification(Drop):
         decode: Callable[[Sequence[int]], str],
     ) -> list[Sample]:
         """The texts that lost most, and then the first of those that are left; the classes that both models choose."""
-        names, found = list(self.labels), []
+        names, found = list(self._labels()), []
         for example, before, after in _samples.most_changed(examples, new, old, SHOWN):
             tokens = example.payload[1]
             theirs, ours = (names[_likeliest(score.positions)] for score in (before, after))

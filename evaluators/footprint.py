@@ -15,6 +15,7 @@ class Footprint(Evaluator):
     """File size in MB (1,000,000 bytes) and bits per weight; with both bounds, the tighter one decides."""
 
     name: ClassVar[str] = "footprint"
+    classifiers: ClassVar[bool] = True
     aspect: ClassVar[Aspect] = "efficiency"
     unit: ClassVar[str] = "of the allowed footprint"
     definition: ClassVar[str] = (

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.architectures import SLIDING
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError
+from compress.families import SLIDING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from compress.model import Model
 
 OPSET, IR_VERSION = 21, 10
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 ROPES = ("default", "linear", "llama3")  # rotary frequencies that do not depend on the length of the input
-_LOWEST = -3.4028234663852886e38  # the smallest float32: a row that sees nothing must not become NaN
+LOWEST = -3.4028234663852886e38  # the smallest float32: a row that sees nothing must not become NaN
 
 
 def integer_type(encoding: Encoding) -> str:
@@ -47,14 +47,14 @@ def build(model: Model) -> Any:
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="compress")
 
 
-class _Graph:
+class Graph:
     """Nodes and initializers; every node is named by the part of the model that it belongs to."""
 
-    def __init__(self, tensors: Mapping[str, EncodedTensor | Tensor]):
+    def __init__(self, tensors: Mapping[str, EncodedTensor | Tensor], name: str):
         import onnx_ir as ir
 
         self.tensors = tensors
-        self.graph = ir.Graph([], [], nodes=[], name="decoder", opset_imports={"": OPSET})
+        self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET})
         self.shared: dict[Any, Any] = {}  # constants and converted weights, by what they are
         self.scope = ""
 
@@ -104,6 +104,56 @@ class _Graph:
                 self.shared[name] = value
         return self.shared[name]
 
+    def input(self, name: str) -> Any:
+        """An input of integers, (batch, sequence)."""
+        import onnx_ir as ir
+
+        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "sequence"]))
+        self.graph.inputs.append(value)
+        return value
+
+    def number(self, value: float) -> Any:
+        """A float32 constant."""
+        return self.constant(value, "float32")
+
+    def positions(self, ids: Any) -> Any:
+        """0 … sequence - 1, (s,)."""
+        length = self.op("Squeeze", self.op("Shape", ids, start=1, end=2))
+        return self.op("Range", self.constant(0), length, self.constant(1))
+
+    def linear(self, module: str, x: Any) -> Any:
+        """The product with Wᵀ, and the bias if the model has one."""
+        self.scope = module
+        bias = f"{module}.bias"
+        x = self.op("MatMul", x, self.op("Transpose", self.floats(f"{module}.weight"), perm=[1, 0]))
+        return self.op("Add", x, self.floats(bias)) if bias in self.tensors else x
+
+    def layer_norm(self, module: str, x: Any, epsilon: float) -> Any:
+        """Centred and scaled over the last axis, with the module's gain and bias."""
+        self.scope = module
+        gain, bias = self.floats(f"{module}.weight"), self.floats(f"{module}.bias")
+        return self.op("LayerNormalization", x, gain, bias, axis=-1, epsilon=epsilon)
+
+    def activated(self, kind: str, x: Any) -> Any:
+        """One of `ACTIVATIONS`."""
+        if kind == "silu":
+            return self.op("Mul", x, self.op("Sigmoid", x))
+        if kind == "relu":
+            return self.op("Relu", x)
+        return self.op("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+    def finish(self, logits: Any, *shape: str | int) -> Any:
+        """The graph with its one output; raises CompressError where a tensor of the model is not used."""
+        import onnx_ir as ir
+
+        logits.name = "logits"
+        logits.type = ir.TensorType(ir.DataType.FLOAT)
+        logits.shape = ir.Shape(shape)
+        self.graph.outputs.append(logits)
+        if left := self.tensors.keys() - self.shared.keys():
+            raise CompressError(f"the ONNX graph does not use {', '.join(sorted(left)[:5])}")
+        return self.graph
+
     def _dequantized(self, name: str, tensor: EncodedTensor) -> Any:
         import onnx_ir as ir
         from onnx_ir.tensor_adapters import TorchTensor
@@ -138,11 +188,11 @@ class _Rotation:
     channels: int
 
 
-class _Decoder(_Graph):
+class _Decoder(Graph):
     """The forward pass, module by module, under the names that the model has for them."""
 
     def __init__(self, model: Model):
-        super().__init__(dict(model.tensors()))
+        super().__init__(dict(model.tensors()), "decoder")
         self.facts = model.facts
         self.parts = model.facts.architecture
         self.epsilon = float(getattr(model.module.config, self.parts.keys["epsilon"]))
@@ -150,11 +200,9 @@ class _Decoder(_Graph):
 
     def build(self) -> Any:
         """The whole graph."""
-        import onnx_ir as ir
-
-        ids, mask = (self._input(name) for name in ("input_ids", "attention_mask"))
+        ids, mask = (self.input(name) for name in ("input_ids", "attention_mask"))
         self.scope = "positions"
-        positions = self._positions(ids)
+        positions = self.positions(ids)
         kinds = self.facts.kinds or ("",) * self.facts.layers
         allowed = {kind: self._allowed(kind, positions, mask) for kind in dict.fromkeys(kinds)}
         rotation = {kind: self._rotation(kind, positions) for kind in allowed if self.rotary is not None}
@@ -167,35 +215,14 @@ class _Decoder(_Graph):
         logits = self.op("MatMul", x, self.op("Transpose", self.floats(head), perm=[1, 0]))
         if self.facts.logit_cap is not None:
             logits = self._capped(logits, self.facts.logit_cap)
-        logits.name = "logits"
-        logits.type = ir.TensorType(ir.DataType.FLOAT)
-        logits.shape = ir.Shape(["batch", "sequence", self.facts.vocabulary])
-        self.graph.outputs.append(logits)
-        if left := self.tensors.keys() - self.shared.keys():
-            raise CompressError(f"the ONNX graph does not use {', '.join(sorted(left)[:5])}")
-        return self.graph
-
-    def _input(self, name: str) -> Any:
-        import onnx_ir as ir
-
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "sequence"]))
-        self.graph.inputs.append(value)
-        return value
-
-    def _number(self, value: float) -> Any:
-        return self.constant(value, "float32")
-
-    def _positions(self, ids: Any) -> Any:
-        """0 … sequence - 1, (s,)."""
-        length = self.op("Squeeze", self.op("Shape", ids, start=1, end=2))
-        return self.op("Range", self.constant(0), length, self.constant(1))
+        return self.finish(logits, "batch", "sequence", self.facts.vocabulary)
 
     def _embedded(self, ids: Any, mask: Any) -> Any:
         """What enters the first block; learned positions are counted from the first token that is not masked."""
         self.scope = self.parts.embedding
         x = self.op("Gather", self.floats(self.facts.embedding_tensor), ids, axis=0)
         if self.parts.scaled_embedding:
-            x = self.op("Mul", x, self._number(self.facts.sizes["residual"] ** 0.5))
+            x = self.op("Mul", x, self.number(self.facts.sizes["residual"] ** 0.5))
         if self.parts.positions is not None:
             before = self.op("Sub", self.op("CumSum", mask, self.constant(1)), self.constant(1))
             places = self.op("Max", before, self.constant(0))
@@ -237,28 +264,21 @@ class _Decoder(_Graph):
 
     def _norm(self, module: str, x: Any) -> Any:
         """Over the last axis: x / √(mean x² + ε) · gain, or LayerNormalization."""
+        if self.parts.centred:
+            return self.layer_norm(module, x, self.epsilon)
         self.scope = module
         gain = self.floats(f"{module}.weight")
-        if self.parts.centred:
-            bias = self.floats(f"{module}.bias")
-            return self.op("LayerNormalization", x, gain, bias, axis=-1, epsilon=self.epsilon)
         if offset := self.facts.architecture.offset(f"{module}.weight"):
-            gain = self.op("Add", gain, self._number(offset), name=f"{module}.weight.gain")
+            gain = self.op("Add", gain, self.number(offset), name=f"{module}.weight.gain")
         mean = self.op("ReduceMean", self.op("Mul", x, x), self.constant([-1]), keepdims=1)
-        root = self.op("Sqrt", self.op("Add", mean, self._number(self.epsilon)))
+        root = self.op("Sqrt", self.op("Add", mean, self.number(self.epsilon)))
         return self.op("Mul", self.op("Div", x, root), gain)
-
-    def _linear(self, module: str, x: Any) -> Any:
-        self.scope = module
-        x = self.op("MatMul", x, self.op("Transpose", self.floats(f"{module}.weight"), perm=[1, 0]))
-        bias = f"{module}.bias"
-        return self.op("Add", x, self.floats(bias)) if bias in self.tensors else x
 
     def _stage(self, number: int, block: str, x: Any) -> list[Any]:
         """Products of the linears of a block that read x, what a fused one stacks in parts of their own."""
         found = []
         for name in self.parts.stages[number]:
-            product, start = self._linear(f"{block}.{name}", x), 0
+            product, start = self.linear(f"{block}.{name}", x), 0
             axes, _ = self.facts.axes(name)
             for axis in axes:
                 end = start + self.facts.sizes[axis]
@@ -286,10 +306,10 @@ class _Decoder(_Graph):
         v = self._heads("", v, 1)
         self.scope = module
         scores = self.op("MatMul", q, self.op("Transpose", k, perm=[0, 1, 2, 4, 3]))
-        scores = self.op("Mul", scores, self._number(self.facts.query_scale))
+        scores = self.op("Mul", scores, self.number(self.facts.query_scale))
         if self.facts.attention_cap is not None:
             scores = self._capped(scores, self.facts.attention_cap)
-        scores = self.op("Where", allowed, scores, self._number(_LOWEST))
+        scores = self.op("Where", allowed, scores, self.number(LOWEST))
         mixed = self.op("MatMul", self.op("Softmax", scores, axis=-1), v)
         rows = self.op("Transpose", mixed, perm=[0, 3, 1, 2, 4])
         rows = self.op("Reshape", rows, self.constant([0, 0, self.facts.sizes["q"]]))
@@ -317,14 +337,9 @@ class _Decoder(_Graph):
     def _mlp(self, block: str, x: Any) -> Any:
         gate, *up = self._stage(2, block, x)
         self.scope = f"{block}.mlp"
-        inner = self._activated(gate)
+        inner = self.activated(self.facts.activation, gate)
         return self._closed(3, block, self.op("Mul", inner, up[0]) if up else inner)
-
-    def _activated(self, x: Any) -> Any:
-        if self.facts.activation == "silu":
-            return self.op("Mul", x, self.op("Sigmoid", x))
-        return self.op("Gelu", x, approximate="tanh" if self.facts.activation == "gelu_tanh" else "none")
 
     def _capped(self, x: Any, cap: float) -> Any:
         """The soft cap c · tanh(x / c)."""
-        return self.op("Mul", self.op("Tanh", self.op("Div", x, self._number(cap))), self._number(cap))
+        return self.op("Mul", self.op("Tanh", self.op("Div", x, self.number(cap))), self.number(cap))

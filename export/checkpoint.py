@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from compress.architectures import ARCHITECTURES, Facts
+from compress.architectures import Facts
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
+from compress.families import ARCHITECTURES
 from compress.interfaces import Exporter, LanguageModel
 from export import _gptq
 
@@ -80,7 +81,10 @@ class Checkpoint(Exporter):
         return f"gptq has one encoding for all linears, and {a} is {one}, {b} {other}; use format: compressed-tensors"
 
     def check(self, facts: Facts) -> None:
-        """Refuse where compressed-tensors is missing, and shapes that fill no words of gptq's layout."""
+        """Refuse classifiers, where compressed-tensors is missing, and shapes that fill no words of gptq's layout."""
+        if facts.labels:
+            kind = facts.architecture.model_type
+            raise RecipeError(f"checkpoint holds language models, and {kind} here tells classes apart; export to onnx")
         if self.format == "compressed-tensors":
             _require_package()
             return

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import ggml_mixes
-from compress.architectures import ARCHITECTURES, FULL, SLIDING, Facts
+from compress.architectures import Facts
 from compress.encodings import GGML_BLOCKS, EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
+from compress.families import ARCHITECTURES, FULL, SLIDING
 from compress.interfaces import Exporter, LanguageModel
 from compress.rounding import CacheRounding, InputRounding
 from export import _gguf_cache

@@ -171,11 +171,14 @@ class Onnx(Exporter):
         _require_packages("portable")
         from export import _onnx_file
         from export._onnxruntime import OnnxModel
+        from export._onnxruntime_classifier import OnnxClassifier
         from export._onnxruntime_portable import PortableModel
 
         graph = _onnx_file.load(path)
-        portable = graph.metadata_props.get(_onnx_file.FLAVOUR) == "portable"
-        return PortableModel(path, graph) if portable else OnnxModel(path, graph)
+        if graph.metadata_props.get(_onnx_file.FLAVOUR) != "portable":
+            return OnnxModel(path, graph)
+        per_text = len(graph.graph.outputs[0].shape or ()) == 2  # rather than per token
+        return OnnxClassifier(path, graph) if per_text else PortableModel(path, graph)
 
     def stored(self, path: Path) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
         """Every tensor read back from model.onnx and its data."""
@@ -199,7 +202,7 @@ def _require_packages(flavour: str) -> None:
 
 
 def _check_portable(facts: Facts) -> None:
-    """Refuse what our graph does not compute; raises RecipeError."""
+    """Refuse what our graphs do not compute; raises RecipeError."""
     from export._onnx_portable import ACTIVATIONS, ROPES
 
     if facts.rope not in ROPES:
@@ -207,10 +210,8 @@ def _check_portable(facts: Facts) -> None:
             f"onnx portable: rope scaling {facts.rope!r} depends on the length; known: {', '.join(ROPES)}"
         )
     if facts.activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise RecipeError(
-            f"onnx portable computes {known}, not {facts.activation!r}; use flavour: genai, where it takes the model"
-        )
+        remedy = "; use flavour: genai" if facts.architecture.model_type in GENAI else ""
+        raise RecipeError(f"onnx portable computes {', '.join(ACTIVATIONS)}, not {facts.activation!r}{remedy}")
     if facts.window is not None and not facts.architecture.sliding_period:
         raise RecipeError(f"onnx portable has no sliding window, and here it is {facts.window}; use flavour: genai")
 
@@ -220,16 +221,17 @@ def _write_portable(model: Model, out: Path) -> None:
     import onnx
     import onnx_ir as ir
 
+    from export import _onnx_encoder, _onnx_portable
     from export._onnx_file import DATA, GRAPH, record
-    from export._onnx_portable import build
 
-    graph = build(model)
+    graph = (_onnx_encoder if model.labels else _onnx_portable).build(model)
     record(graph, dict(model.tensors()), "portable")
     ir.save(graph, out / GRAPH, external_data=DATA, size_threshold_bytes=0)
     onnx.checker.check_model(str(out / GRAPH), full_check=True)
     config = {**model.module.config.to_dict(), "architectures": [type(model.module).__name__]}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    model.module.generation_config.to_json_file(out / "generation_config.json")
+    if not model.labels:
+        model.module.generation_config.to_json_file(out / "generation_config.json")
     _write_tokenizer(model, out)
 
 

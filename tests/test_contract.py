@@ -56,6 +56,7 @@ FIELDS = {
     "code": {"data": "file:problems.jsonl", "max_drop": 3.0},
     "text": {"data": "file:qa.jsonl", "metric": "f1", "max_drop": 3.0},
     "divergence": {"max_mean": 0.1},
+    "label_divergence": {"max_mean": 0.1},
     "footprint": {"max_mb": 80},
     "latency": {"max_ratio": 0.6},
     "generation": {"max_collapsed": "10%"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -23,9 +26,10 @@ class Hessian:
     def add(self, X: Tensor) -> None:
         """Add the tokens of X, (tokens, m)."""
         self.tokens += len(X)
-        X = X.float()
-        for start, stop in _blocks(X.shape[1]):
-            self._sums[start:stop, start:].addmm_(X[:, start:stop].T, X[:, start:])
+        with bfloat16_factors(X.dtype == torch.bfloat16):
+            X = X.float()
+            for start, stop in _blocks(X.shape[1]):
+                self._sums[start:stop, start:].addmm_(X[:, start:stop].T, X[:, start:])
 
     @property
     def matrix(self) -> Tensor:
@@ -35,6 +39,22 @@ class Hessian:
         if not bool(torch.isfinite(H.sum())):
             raise NumericalError("non-finite Hessian")
         return H
+
+
+@contextmanager
+def bfloat16_factors(exact: bool) -> Iterator[None]:
+    """Let products of float32 tensors read them as bfloat16, where that is `exact`, and still add up in float32.
+
+    Processors with bfloat16 arithmetic are about twice as fast at that; on others nothing changes.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if exact:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _blocks(m: int) -> list[tuple[int, int]]:

@@ -70,7 +70,7 @@ def _card(facts: Mapping[str, Any], datasets: list[dict[str, Any]]) -> dict[str,
     metrics = [metric for check in checks_of(facts) for metric in _metrics(check)]
     return {
         "modelParameters": {
-            "task": "text-generation",
+            "task": facts["task"],
             "architectureFamily": "transformer",
             "datasets": [{"ref": d["bom-ref"]} for d in datasets],
         },

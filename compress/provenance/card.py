@@ -37,7 +37,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
         base_model=base["repository"] or base["name"],
         language=base["languages"] or None,
         license=base["license"],
-        pipeline_tag="text-generation",
+        pipeline_tag=facts["task"],
         tags=[facts["format"], "quantized", "compress-toolkit", *(["gated"] if facts["gates"] else [])],
         base_model_relation="quantized",
         quantized_by="compress-toolkit",

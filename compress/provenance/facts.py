@@ -39,6 +39,7 @@ def of_run(
     base = {"source": baseline.model, "files": source.digest(origin), "digest": baseline.digest}
     return {
         **_artifact(exporter, known["name"], made.size_bytes, made.bits_per_weight, known["parameters"], cache),
+        "task": _task(source.facts(origin).labels),
         "runtime": made.runtime,
         "compute": made.compute,
         "base_model": {**base, "bytes": baseline.size_bytes, **_described(lineage.of(origin))},
@@ -58,6 +59,7 @@ def of_model(
     """An artifact that no gate has looked at."""
     return {
         **_artifact(exporter, model.name, size_bytes, bits, model.facts.parameters, model.cache),
+        "task": _task(model.labels),
         "runtime": exporter.runtime,
         "compute": None,
         "base_model": {"source": spec, **_described(known)},
@@ -86,6 +88,11 @@ def _artifact(
         "versions": environment.versions(),
         "code": {"sha256": environment.code_sha256()},
     }
+
+
+def _task(labels: Collection[str]) -> str:
+    """What the hub calls what a model does."""
+    return "text-classification" if labels else "text-generation"
 
 
 def _described(known: Lineage) -> dict[str, Any]:

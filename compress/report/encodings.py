@@ -51,11 +51,11 @@ def _bits(kind: str) -> int:
 def _map(stored: Stored, kinds: Mapping[str, float]) -> Markup:
     names = list(dict.fromkeys(name for _, name in stored))
     columns = sorted({layer for layer, _ in stored})
-    rows = []
+    short, rows = layers.shortened(names), []
     for name in names:
         row = {layer: stored[layer, name] for layer in columns if (layer, name) in stored}
         counts = ", ".join(f"{count} in {kind}" for kind, count in sorted(Counter(row.values()).items()))
-        rows.append(layers.line(name.rpartition(".")[2], _cells(columns, row, kinds, f"{name}: {counts}", name), ""))
+        rows.append(layers.line(short[name], _cells(columns, row, kinds, f"{name}: {counts}", name), ""))
     return element("div", layers.line("Layer", layers.layer_axis(columns), ""), rows, class_="heat")
 
 

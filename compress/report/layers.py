@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -88,11 +88,16 @@ def layers(report: Report) -> Markup | None:
     return parts.section("Where the error arises", "layers", note, _legend(scale), heat, strips)
 
 
+def shortened(names: Sequence[str]) -> dict[str, str]:
+    """The last part of each name, or all of each where those are not different."""
+    last = [name.rpartition(".")[2] for name in names]
+    return dict(zip(names, last if len(set(last)) == len(last) else names))
+
+
 def _map(errors: Errors, scale: Scale) -> Markup:
     names = list(dict.fromkeys(name for _, name in errors))
     columns = sorted({layer for layer, _ in errors})
-    last = [name.rpartition(".")[2] for name in names]
-    short = dict(zip(names, last if len(set(last)) == len(last) else names))
+    short = shortened(names)
     rows = []
     for name in names:
         row = {layer: errors.get((layer, name)) for layer in columns if (layer, name) in errors}

@@ -98,6 +98,12 @@ class CalibratedPruning(WeightPruning):
             raise ValueError(f"allocation={self.allocation} with pattern={self.pattern}, which is the same everywhere")
         return self
 
+    def check(self, facts: Facts) -> None:
+        """Refuse, besides, a sensitivity where there are no next tokens to measure it on."""
+        super().check(facts)
+        if facts.labels and self.allocation == "sensitivity":
+            raise RecipeError("allocation=sensitivity reads next tokens, and this model has none; use owl or uniform")
+
     def allocated(self, model: Model, context: Context) -> dict[str, Target]:
         """`begin`, with each block's share of the sparsity."""
         from compress.numerics.allocation import spread_sparsity

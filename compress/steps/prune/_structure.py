@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from compress.architectures import Architecture, Facts
+    from compress.architectures import Facts
+    from compress.families import Architecture
     from compress.interfaces import Context
     from compress.model import Model
 
@@ -39,9 +40,9 @@ def twin_of(model: Model) -> Model:
     """A copy of the weights as they are now, which later changes do not reach."""
     import copy
 
-    from compress.model import Model as Copy
+    from compress.classifier import model_of
 
-    return Copy(copy.deepcopy(model.module), model.tokenizer)
+    return model_of(copy.deepcopy(model.module), model.tokenizer)
 
 
 def select_axis(facts: Facts, block: nn.Module, kept: Mapping[str, Tensor]) -> None:

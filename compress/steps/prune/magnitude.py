@@ -27,6 +27,7 @@ class Magnitude(WeightPruning):
     """
 
     name: ClassVar[str] = "prune.magnitude"
+    classifiers: ClassVar[bool] = True
 
     scope: Literal["layer", "row", "global"] = "layer"
 

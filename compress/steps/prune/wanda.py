@@ -21,6 +21,7 @@ class Wanda(CalibratedPruning):
     """
 
     name: ClassVar[str] = "prune.wanda"
+    classifiers: ClassVar[bool] = True
 
     def apply(self, model: Model, context: Context) -> None:
         """Prune in place; each mask lands in `model.masks`."""

@@ -18,6 +18,7 @@ class Cast(Step):
     """Every matrix, embeddings included, rounded to a 16-bit float; norms and biases stay float32."""
 
     name: ClassVar[str] = "quantize.cast"
+    classifiers: ClassVar[bool] = True
     packs: ClassVar[bool] = True
     streams: ClassVar[bool] = True
 

@@ -42,6 +42,7 @@ class Gptq(WeightQuantization):
     """
 
     name: ClassVar[str] = "quantize.gptq"
+    classifiers: ClassVar[bool] = True
     version: ClassVar[int] = 4
     uses_calibration: ClassVar[bool] = True
     codebooks: ClassVar[bool] = True
@@ -217,11 +218,11 @@ class _Grids:
 
 
 def _drift(originals: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """(X₀ − X)Xᵀ over batches of (tokens, m): (m, m) float32.
+    """(X₀ − X)Xᵀ over batches of (tokens, m) bfloat16: (m, m) float32.
 
     Its products are rounded to bfloat16, which a correction bears and a Hessian does not.
     """
-    parts = ((X0.float() - X.float()).bfloat16().T @ X for X0, X in zip(originals, inputs, strict=True))
+    parts = ((X0 - X).T @ X for X0, X in zip(originals, inputs, strict=True))
     total = next(parts).float()
     for part in parts:
         total += part

@@ -15,6 +15,7 @@ class RoundToNearest(WeightQuantization):
     """Data-free rounding. range: "minmax" covers each group's extremes, "mse" searches the scale of least error."""
 
     name: ClassVar[str] = "quantize.rtn"
+    classifiers: ClassVar[bool] = True
     codebooks: ClassVar[bool] = True
 
     range: Literal["minmax", "mse"] = "minmax"
