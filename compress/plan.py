@@ -29,7 +29,7 @@ PLANNING_SD: Mapping[str, float] = {
     "divergence": 0.08,
     "bits_per_byte": 0.06 / (math.log(2) * CHARACTERS_PER_TOKEN),
     **dict.fromkeys(
-        ("accuracy", "robustness", "stereotypes", "pronouns", "text", "code", "classification", "refusals"),
+        ("accuracy", "robustness", "stereotypes", "pronouns", "text", "code", "classification", "refusals", "toxicity"),
         math.sqrt(FLIPS),
     ),
 }
@@ -38,7 +38,8 @@ POWER_BASIS = (
     f"(perplexity {PLANNING_SD['perplexity']}, divergence {PLANNING_SD['divergence']} nats per token, wiki; "
     f"bits_per_byte {PLANNING_SD['bits_per_byte']:.3f}, perplexity's at {CHARACTERS_PER_TOKEN} bytes a token); "
     f"accuracy: {FLIPS:.0%} of answers flip, a document being a cluster of items, those that first prove the "
-    "baseline counted too; robustness, stereotypes, pronouns, text, code, classification and refusals as accuracy"
+    "baseline counted too; robustness, stereotypes, pronouns, text, code, classification, refusals and toxicity as "
+    "accuracy"
 )
 MOST_NEEDED = 1_000_000  # documents; a check that needs more is as good as undecidable
 

@@ -23,14 +23,16 @@ from typing import Any, Literal
 from compress.errors import RecipeError
 
 Metric = Literal[
-    "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "rougeS", "meteor_stem", "exact_match", "f1"
-]
+    "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "rougeS", "meteor_stem", "exact_match", "f1",
+    "bertscore", "bertscore_precision", "bertscore_recall",
+]  # fmt: skip
+# The last three need an encoder: see `evaluators._bertscore`.
 Tokenize = Literal["13a", "intl", "zh", "char"]  # of sacrebleu, without further packages
 SKIP = 4  # words at most between the two of a skip-bigram: ROUGE-S4
 
 # Han, kana and Hangul carry no spaces, or few: each character is a token, as in evaluations of Chinese questions.
-_CHARACTER = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]"
-_TOKEN = re.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})\S)+")
+EAST_ASIAN = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]"
+_TOKEN = re.compile(rf"{EAST_ASIAN}|(?:(?!{EAST_ASIAN})\S)+")
 _FULL_WIDTH = "".join(map(chr, [*range(0x3000, 0x3004), *range(0x3008, 0x3020), *range(0xFF01, 0xFF10)]))
 _PUNCTUATION = str.maketrans("", "", string.punctuation + _FULL_WIDTH + "：；？［］｛｝～…“”‘’—·")
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -46,7 +48,7 @@ def normalized(text: str) -> str:
     >>> normalized("The  Eiffel-Tower!"), normalized("巴黎，法国。")
     ('eiffeltower', '巴黎法国')
     """
-    table = _PUNCTUATION if re.search(_CHARACTER, text) else _ASCII_PUNCTUATION
+    table = _PUNCTUATION if re.search(EAST_ASIAN, text) else _ASCII_PUNCTUATION
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(table)).split())
 
 
@@ -156,7 +158,7 @@ _SINGLE = {**_OWN, "meteor_stem": meteor_stem}  # of one reference
 
 
 def scorer(metric: str, tokenize: str = "13a") -> Callable[[str, Sequence[str]], float]:
-    """The metric as a function of an answer and its references, at least one."""
+    """The metric as a function of an answer and its references, at least one; not BERTScore, which needs an encoder."""
     if metric in _SINGLE:
         return partial(_best, _SINGLE[metric])
     return partial(_sentence, metric, tokenize) if _LIBRARY[metric] == "sacrebleu" else partial(_rouge, metric)
@@ -181,7 +183,7 @@ def unscorable(metric: str, reference: str) -> str:
             return "ROUGE sees no word in it, as it reads a to z and 0 to 9 alone; use chrf or f1"
         if metric in ("rouge2", "rougeS") and words < 2:
             return f"{metric} compares pairs of words, and it has one; use rouge1 or f1"
-    if metric == "meteor_stem" and re.search(_CHARACTER, reference):
+    if metric == "meteor_stem" and re.search(EAST_ASIAN, reference):
         return "its script has no spaces between words, and METEOR compares words; use chrf or f1"
     if metric in _OWN and not normalized(reference):
         return "nothing is left of it without articles and punctuation; use chrf"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from compress.errors import RecipeError
 from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
-from evaluators import _rows, _samples, _text_metrics
+from evaluators import _bertscore, _rows, _samples, _text_metrics
 from evaluators._answers import ids, written
 from evaluators._fields import Drop
 
@@ -21,7 +21,7 @@ _WANTED = 'expected a JSON object with a text "prompt" and "reference" or a list
 
 
 class Text(Drop):
-    """Points lost of BLEU, chrF, ROUGE, METEOR, exact match or F1 on your own prompts with references.
+    """Points lost of BLEU, chrF, ROUGE, METEOR, BERTScore, exact match or F1 on your own prompts with references.
 
     Every greedy answer is scored on its own and paired with the baseline's; the mean difference is bounded exactly,
     whatever its distribution. A baseline that earns hardly anything proves nothing: INVALID.
@@ -36,6 +36,7 @@ class Text(Drop):
     data: str  # file:PATH, JSON lines with prompt, reference or references, and perhaps id
     metric: _text_metrics.Metric
     tokenize: _text_metrics.Tokenize = "13a"  # of BLEU; zh for Chinese
+    bertscore: _bertscore.BertScore | None = None  # the encoder of the metrics bertscore, bertscore_precision, _recall
     chat: bool = True  # through the model's chat template, where it ships one; false for plain continuations
     until: tuple[str, ...] = Field((), strict=False)  # texts that end an answer, e.g. a newline
     max_new_tokens: int = Field(64, ge=1, le=4096)
@@ -45,6 +46,9 @@ class Text(Drop):
         _rows.check_source(self.data)
         if self.tokenize != "13a" and self.metric != "bleu":
             raise ValueError(f"tokenize is for the metric bleu, not for {self.metric}; drop it")
+        if (self.bertscore is not None) != (self.metric in _bertscore.FIGURES):
+            lacks = "needs" if self.bertscore is None else "has no use for"
+            raise ValueError(f"the metric {self.metric} {lacks} bertscore: {{encoder: FOLDER}}")
         if not all(self.until):
             raise ValueError("until holds an empty text, which would end every answer before it begins")
         return self
@@ -54,15 +58,33 @@ class Text(Drop):
         """Tokens of an answer."""
         return self.max_new_tokens
 
+    def check(self) -> None:
+        """Refuse an encoder that is not there or too shallow, before weights load; raises RecipeError."""
+        if self.bertscore is not None:
+            self.bertscore.check()
+
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """The rows of the file, in a random order that depends on their ids alone, whatever the evaluation data."""
-        library = _text_metrics.library(self.metric)
-        rows = _read(_rows.path_of(self.data), self.metric)
-        return [_rows.documents(f"{self.data} by {self.metric}", rows, library)]
+        return [self._documents(self._instrument())]
+
+    def foreseen(self, datasets: Sequence[Documents]) -> list[Documents | str]:
+        """The same rows; an encoder of the hub is not asked for."""
+        return [self._documents("" if self.bertscore else self._instrument())]
+
+    def _documents(self, instrument: str) -> Documents:
+        rows, within = _read(_rows.path_of(self.data), self.metric), self.bertscore and f" in {self.bertscore}"
+        return _rows.documents(f"{self.data} by {self.metric}{within or ''}", rows, instrument)
+
+    def _instrument(self) -> str:
+        """What computes the metric, as a part of cache keys: the library's name and version, or the encoder's digest.
+
+        Downloads an encoder of the hub.
+        """
+        return self.bertscore.digest() if self.bertscore else _text_metrics.library(self.metric)
 
     def reads(self) -> str:
-        """The file, and the library that computes the metric."""
-        return f"{_rows.digest(self.data)} {_text_metrics.library(self.metric)}"
+        """The file, and what computes the metric."""
+        return f"{_rows.digest(self.data)} {self._instrument()}"
 
     def encoder(self, model: LanguageModel) -> Callable[[str], list[int]]:
         """As a message to answer, or as it stands."""
@@ -85,12 +107,28 @@ class Text(Drop):
         differ even where their answers do not.
         """
         answers = written(model, [example.payload[0] for example in batch], self.max_new_tokens)
-        metric = _text_metrics.scorer(self.metric, self.tokenize)
+        measure = self._measure()
         scores = []
         for example, answer in zip(batch, answers, strict=True):
-            earned = metric(self._cut(answer.text), example.payload[1]) if math.isfinite(answer.nats) else math.nan
-            scores.append(Score(example.id, 1 - earned, 1.0, {"nats": answer.nats}, tuple(map(float, answer.tokens))))
+            earned, figures = measure(self._cut(answer.text), example.payload[1])
+            total = 1 - earned if math.isfinite(answer.nats) else math.nan
+            extra = {"nats": answer.nats, **figures}
+            scores.append(Score(example.id, total, 1.0, extra, tuple(map(float, answer.tokens))))
         return scores
+
+    def _measure(self) -> Callable[[str, Sequence[str]], tuple[float, Mapping[str, float]]]:
+        """A function of an answer and its references: the metric, and further figures for the report."""
+        if self.bertscore is None:
+            plain = _text_metrics.scorer(self.metric, self.tokenize)
+            return lambda answer, references: (plain(answer, references), {})
+        rows = _read(_rows.path_of(self.data), self.metric).values() if self.bertscore.idf else ()
+        judged = _bertscore.scorer(self.bertscore, [text for row in rows for text in json.loads(row)[1:]])
+
+        def match(answer: str, references: Sequence[str]) -> tuple[float, Mapping[str, float]]:
+            figures = judged(answer, references)
+            return figures[_bertscore.FIGURES[self.metric]], figures
+
+        return match
 
     def _cut(self, text: str) -> str:
         """What is compared with the references: up to the end of the answer, or to the first text of `until`."""
@@ -105,6 +143,10 @@ class Text(Drop):
         """Answers that match worse and better than the reference's, the same ones, and their length."""
         pairs = list(zip(reference, scores))
         found = {"tokens per answer": sum(len(s.positions) for s in scores) / len(scores)}
+        for figure in _bertscore.FIGURES.values() if self.bertscore else ():
+            for whose, some in (("", scores), ("reference's ", reference)):
+                if some:
+                    found[f"{whose}{figure}"] = sum(s.extra[figure] for s in some) / len(some)
         if pairs:
             found["worse answers"] = float(sum(new.total > old.total for old, new in pairs))
             found["better answers"] = float(sum(new.total < old.total for old, new in pairs))

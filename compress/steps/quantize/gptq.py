@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from compress.numerics.affine import Grid
     from compress.numerics.codebook import CodebookGrid
 
+READ_AS_IT_IS = 0.3  # of the mean of H's diagonal: what a row weighs as the embedding of its token, where it is tied
+ROWS_AT_ONCE = 16_384  # of the output head
 COLUMNS_AT_ONCE = 64  # columns whose errors are carried inside a block before one product updates the rest
 
 
@@ -38,12 +40,14 @@ class Gptq(WeightQuantization):
     each linear makes up for (QEP, Arai & Ichikawa 2025, arXiv:2504.09629); above 0 a second pass carries the inputs
     of the unquantized model along, and 0 is plain GPTQ. refinement: how often, afterwards, the scales of a row are
     solved for together and each column then takes its best codes given all others, as in coordinate descent (Behdin
-    et al. 2023, arXiv:2309.01885), with the scales solved for once more at the end.
+    et al. 2023, arXiv:2309.01885), with the scales solved for once more at the end. embeddings: an output head of
+    fewer than 8 bits is solved for as well, a tied one with some weight on its rows themselves; others are rounded to
+    nearest.
     """
 
     name: ClassVar[str] = "quantize.gptq"
     classifiers: ClassVar[bool] = True
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     uses_calibration: ClassVar[bool] = True
     codebooks: ClassVar[bool] = True
 
@@ -54,17 +58,46 @@ class Gptq(WeightQuantization):
     refinement: int = Field(0, ge=0)
 
     def apply(self, model: Model, context: Context) -> None:
-        """Quantize every selected linear of each block, then the embeddings by rounding."""
+        """Quantize every selected linear of each block, then the embeddings."""
         from compress.blocks import walk
 
         chosen = self.encodings(model.facts)
         refuse_encoded(model, chosen)
         search = self.range == "mse"
+        left: list[Tensor] = []
         for block in walk(model, context.calibration, context.progress, originals=self.error_propagation > 0):
             self._quantize_block(model, block, chosen, context)
-        for name in chosen.keys() - {f"{linear}.weight" for linear in model.facts.linears}:
-            W = model.parameter(name).detach()
-            model.store(name, round_to_nearest(name, W, chosen[name], search))
+            left = block.advance()
+        for name in sorted(chosen.keys() - {f"{linear}.weight" for linear in model.facts.linears}):
+            context.progress(f"rounding {name}", 1.0)
+            if name == _head(model) and chosen[name].is_coded and chosen[name].bits < 8:
+                self._quantize_head(model, name, chosen[name], left)
+            else:
+                model.store(name, round_to_nearest(name, model.parameter(name).detach(), chosen[name], search))
+
+    def _quantize_head(self, model: Model, tensor: str, encoding: Encoding, left: Sequence[Tensor]) -> None:
+        """Solve the output head, some rows at a time. left: what leaves the last block, per batch."""
+        import torch
+
+        from compress.numerics.hessian import Hessian
+
+        norm = model.module.get_submodule(model.facts.architecture.final_norm)
+        W = model.parameter(tensor).detach()
+        hessian = Hessian(W.shape[1])
+        with torch.inference_mode():
+            for states in left:
+                hessian.add(norm(states).flatten(0, -2).bfloat16())
+        H = hessian.matrix
+        if model.facts.tied:
+            H.diagonal().add_(READ_AS_IT_IS * float(H.diagonal().mean()))
+        try:
+            parts = [
+                solve(rows, Moments(H), encoding, self.dampening, self.range == "mse", act_order=self.act_order)
+                for rows in torch.split(W, ROWS_AT_ONCE)
+            ]
+        except NumericalError as error:
+            raise NumericalError(f"{tensor}: {error}") from None
+        model.store(tensor, _join_rows(parts))
 
     def _quantize_block(self, model: Model, block: Block, chosen: Mapping[str, Encoding], context: Context) -> None:
         from compress.numerics.hessian import Hessian
@@ -240,6 +273,24 @@ def _batches(m: int, size: int) -> Iterator[tuple[int, int]]:
         last = min(first + whole, m)
         for start in range(first, last, COLUMNS_AT_ONCE):
             yield start, min(start + COLUMNS_AT_ONCE, last)
+
+
+def _head(model: Model) -> str | None:
+    """The tensor that gives the logits of a language model."""
+    facts = model.facts
+    if facts.labels:
+        return None
+    return facts.embedding_tensor if facts.tied else f"{facts.architecture.head}.weight"
+
+
+def _join_rows(parts: Sequence[EncodedTensor]) -> EncodedTensor:
+    """Encoded matrices one below the other, of one encoding."""
+    import torch
+
+    scales = [p.scales for p in parts if p.scales is not None]
+    zeros = [p.zero_points for p in parts if p.zero_points is not None]
+    codes = torch.cat([p.codes for p in parts])
+    return EncodedTensor(parts[0].encoding, codes, torch.cat(scales), torch.cat(zeros) if zeros else None)
 
 
 def _split_rows(encoded: EncodedTensor, rows: list[int]) -> list[EncodedTensor]:
