@@ -1,157 +1,14 @@
-"""Per-architecture facts, as tables: which tensors exist, their shapes, and how channels connect them."""
+"""What is known of a model from its config alone, by the tables of `compress.families`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import RecipeError
-
-# Sizes of a tensor's axes, by symbol; `Facts` computes them from a config.
-# residual: the hidden state. q, kv: query and key/value heads times head size. mlp: the MLP's inner width.
-_LLAMA_LINEARS = {
-    "self_attn.q_proj": ("q", "residual"),
-    "self_attn.k_proj": ("kv", "residual"),
-    "self_attn.v_proj": ("kv", "residual"),
-    "self_attn.o_proj": ("residual", "q"),
-    "mlp.gate_proj": ("mlp", "residual"),
-    "mlp.up_proj": ("mlp", "residual"),
-    "mlp.down_proj": ("residual", "mlp"),
-}
-# Linears of a block that read the same activation, in the order in which a block computes them.
-_LLAMA_STAGES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-# A module and the linears that read its output channels as they are, or multiplied by others: dividing a channel
-# of the one (a norm's gain, a linear's row) and multiplying the columns of the others changes no function.
-_LLAMA_FOLDS = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("self_attn.v_proj", ("self_attn.o_proj",)),
-    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    ("mlp.up_proj", ("mlp.down_proj",)),
-)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Names of the parts of a decoder: (out, in) axis symbols per linear, stages, folds, norms and embedding."""
-
-    model_type: str  # transformers' config.model_type
-    linears: Mapping[str, tuple[str, str]]
-    stages: tuple[tuple[str, ...], ...]
-    folds: tuple[tuple[str, tuple[str, ...]], ...]
-    block_norms: tuple[str, ...]  # norms over the residual stream
-    attention: str  # submodule of a block that returns its output and its attention weights
-    closing: frozenset[str]  # linears whose product is the output of the submodule that holds them
-    blocks: str = "model.layers"
-    embedding: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-
-
-def _llama_like(model_type: str) -> Architecture:
-    norms = ("input_layernorm", "post_attention_layernorm")
-    closing = frozenset({"self_attn.o_proj", "mlp.down_proj"})
-    return Architecture(model_type, _LLAMA_LINEARS, _LLAMA_STAGES, _LLAMA_FOLDS, norms, "self_attn", closing)
-
-
-ARCHITECTURES = {name: _llama_like(name) for name in ("llama", "mistral", "qwen2", "qwen3")}
-
-
-@dataclass(frozen=True)
-class Encoder(Architecture):
-    """Names of the parts of an encoder with a classification head, every norm behind its sum (post-norm).
-
-    linears are listed as query, key, value, output, up, down. `embedding` and `final_norm` are those of the input; the
-    head reads the first token's state through the linear `pooler` and `pooling`. outside: (out, in) symbols of the
-    other matrices beside blocks and word embedding. config: transformers' names of our config's entries, where others.
-    """
-
-    positions: str = ""  # position embedding
-    types: str | None = None  # token type embedding, of which text without a pair sees the first row
-    pooler: str = ""
-    pooling: str = "Tanh"  # as ONNX calls it
-    outside: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    config: Mapping[str, str] = field(default_factory=dict)
-    padded_positions: bool = False  # positions count from pad_token_id + 1 on, and padding has none
-
-
-def _bert_like(model_type: str, pooler: str, head: str, padded_positions: bool = False) -> Encoder:
-    attention, out, up, down = "attention.self", "attention.output.dense", "intermediate.dense", "output.dense"
-    return Encoder(
-        model_type,
-        linears={
-            **{f"{attention}.{name}": ("q", "residual") for name in ("query", "key", "value")},
-            out: ("residual", "q"),
-            up: ("mlp", "residual"),
-            down: ("residual", "mlp"),
-        },
-        stages=(tuple(f"{attention}.{name}" for name in ("query", "key", "value")), (out,), (up,), (down,)),
-        folds=(),
-        block_norms=("attention.output.LayerNorm", "output.LayerNorm"),
-        attention=attention,
-        closing=frozenset(),
-        blocks=f"{model_type}.encoder.layer",
-        embedding=f"{model_type}.embeddings.word_embeddings",
-        final_norm=f"{model_type}.embeddings.LayerNorm",
-        head=head,
-        positions=f"{model_type}.embeddings.position_embeddings",
-        types=f"{model_type}.embeddings.token_type_embeddings",
-        pooler=pooler,
-        outside={
-            f"{model_type}.embeddings.position_embeddings": ("positions", "residual"),
-            f"{model_type}.embeddings.token_type_embeddings": ("types", "residual"),
-            pooler: ("residual", "residual"),
-        },
-        padded_positions=padded_positions,
-    )
-
-
-def _distilbert() -> Encoder:
-    parts = ("q_lin", "k_lin", "v_lin")
-    return Encoder(
-        "distilbert",
-        linears={
-            **{f"attention.{name}": ("q", "residual") for name in parts},
-            "attention.out_lin": ("residual", "q"),
-            "ffn.lin1": ("mlp", "residual"),
-            "ffn.lin2": ("residual", "mlp"),
-        },
-        stages=(tuple(f"attention.{name}" for name in parts), ("attention.out_lin",), ("ffn.lin1",), ("ffn.lin2",)),
-        folds=(),
-        block_norms=("sa_layer_norm", "output_layer_norm"),
-        attention="attention",
-        closing=frozenset(),
-        blocks="distilbert.transformer.layer",
-        embedding="distilbert.embeddings.word_embeddings",
-        final_norm="distilbert.embeddings.LayerNorm",
-        head="classifier",
-        positions="distilbert.embeddings.position_embeddings",
-        pooler="pre_classifier",
-        pooling="Relu",
-        outside={
-            "distilbert.embeddings.position_embeddings": ("positions", "residual"),
-            "pre_classifier": ("residual", "residual"),
-        },
-        config={
-            "hidden_size": "dim",
-            "num_hidden_layers": "n_layers",
-            "num_attention_heads": "n_heads",
-            "intermediate_size": "hidden_dim",
-            "hidden_act": "activation",
-        },
-    )
-
-
-ENCODERS = {
-    "bert": _bert_like("bert", "bert.pooler.dense", "classifier"),
-    "roberta": _bert_like("roberta", "classifier.dense", "classifier.out_proj", padded_positions=True),
-    "distilbert": _distilbert(),
-}
+from compress.families import ARCHITECTURES, ENCODERS, FULL, SLIDING, STACKED, Architecture, Encoder
 
 
 @dataclass(frozen=True)
@@ -160,7 +17,7 @@ class Facts:
 
     architecture: Architecture
     layers: int
-    sizes: Mapping[str, int]  # axis symbol → size
+    sizes: Mapping[str, int]  # axis symbol → size; stacked axes are left out
     heads: int
     kv_heads: int
     vocabulary: int
@@ -169,38 +26,57 @@ class Facts:
     activation: str = "silu"  # of the MLP
     rope: str = "default"  # how rotary frequencies are scaled
     window: int | None = None  # tokens that attention reaches back to, where that is less than the context
+    kinds: tuple[str, ...] | None = ()  # of the blocks, where they differ; None: not known until blocks are removed
+    query_scale: float = 0.0  # what products of queries and keys are multiplied by
+    attention_cap: float | None = None  # c of c · tanh(x / c), for these products
+    logit_cap: float | None = None  # the same for the logits
     labels: tuple[str, ...] = ()  # classes that a classification head tells apart; a language model has none
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> Facts:
-        """Facts of a transformers config (as a dict); raises RecipeError for an unknown architecture."""
-        kind = config.get("model_type")
-        if kind in ENCODERS or classifies(config):
-            return _encoder_facts(config)
-        if kind not in ARCHITECTURES:
-            raise RecipeError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-        heads = config["num_attention_heads"]
-        head_size = config.get("head_dim") or config["hidden_size"] // heads
-        kv_heads = config.get("num_key_value_heads") or heads
+        """Facts of a transformers config (as a dict).
+
+        Raises RecipeError for an unknown architecture, and for a variant of one that is not supported.
+        """
+        arch = _architecture(config)
+        config = {**arch.defaults, **config}
+        keys = arch.keys
+        residual, heads, context = (config[keys[entry]] for entry in ("residual", "heads", "context"))
+        head_size = config.get(keys.get("head_size", "")) or residual // heads
+        kv_heads = config.get(keys.get("kv_heads", "")) or heads
         sizes = {
-            "residual": config["hidden_size"],
+            "residual": residual,
             "q": heads * head_size,
             "kv": kv_heads * head_size,
-            "mlp": config["intermediate_size"],
+            "mlp": config.get(keys["mlp"]) or 4 * residual,  # GPT-2 leaves it out
         }
+        labels = _labels(config) if isinstance(arch, Encoder) else ()
+        if isinstance(arch, Encoder):
+            sizes |= {"positions": context, "types": config.get("type_vocab_size", 0), "labels": len(labels)}
+            context -= config["pad_token_id"] + 1 if arch.padded_positions else 0
+        activation = config.get(keys["activation"]) or "silu"
         return Facts(
-            architecture=ARCHITECTURES[kind],
-            layers=config["num_hidden_layers"],
+            architecture=arch,
+            layers=config[keys["layers"]],
             sizes=sizes,
             heads=heads,
             kv_heads=kv_heads,
             vocabulary=config["vocab_size"],
-            context_length=config["max_position_embeddings"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-            activation=config.get("hidden_act") or "silu",
-            rope=(config.get("rope_parameters") or {}).get("rope_type") or "default",
-            window=_window(config),
+            context_length=context,
+            tied=bool(config.get("tie_word_embeddings", False)) and not labels,  # a head for classes never is
+            activation=arch.activations.get(activation, activation),
+            rope=_rope(config),
+            window=_window(config, context),
+            kinds=_kinds(config, arch, config[keys["layers"]]),
+            query_scale=_query_scale(config, head_size),
+            attention_cap=config.get("attn_logit_softcapping") if arch.model_type == "gemma2" else None,
+            logit_cap=config.get("final_logit_softcapping"),
+            labels=labels,
         )
+
+    def size(self, axis: str) -> int:
+        """Channels of an axis, stacked or not."""
+        return sum(self.sizes[part] for part in STACKED.get(axis, (axis,)))
 
     @property
     def head_size(self) -> int:
@@ -216,14 +92,14 @@ class Facts:
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name → (out_features, in_features) of every linear inside the blocks."""
         return {
-            f"{self.architecture.blocks}.{i}.{name}": (self.sizes[out], self.sizes[inn])
+            f"{self.architecture.blocks}.{i}.{name}": (self.size(out), self.size(inn))
             for i in range(self.layers)
             for name, (out, inn) in self.architecture.linears.items()
         }
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Tensor name → shape of every stored matrix: block linears, embeddings, and the head unless tied."""
+        """Tensor name → shape of every matrix that steps may store: block linears, embeddings, head unless tied."""
         found = {f"{name}.weight": shape for name, shape in self.linears.items()}
         found[self.embedding_tensor] = (self.vocabulary, self.sizes["residual"])
         if isinstance(self.architecture, Encoder):
@@ -233,6 +109,34 @@ class Facts:
             found[f"{self.architecture.head}.weight"] = (self.vocabulary, self.sizes["residual"])
         return found
 
+    @property
+    def floats(self) -> int:
+        """Numbers that stay floats: norms, a decoder's learned positions, and the biases that go with centred norms."""
+        arch, width = self.architecture, self.sizes["residual"]
+        found = (self.layers * len(arch.norms) + 1) * width * (2 if arch.centred else 1)
+        if arch.centred:
+            found += sum(n for n, _ in self.linears.values())
+        if isinstance(arch, Encoder):
+            found += width + len(self.labels)  # biases of pooler and head
+        elif arch.positions is not None:
+            found += self.context_length * width
+        return found
+
+    @property
+    def refuses_streaming(self) -> str | None:
+        """What `streaming` does that rules this model out, as the rest of a sentence; None where it works."""
+        kind = self.architecture.model_type
+        if self.labels:
+            return f"is for language models, and {kind} here tells classes apart"
+        if self.architecture.transposed:
+            return f"reads no transposed linears, which {kind} has"
+        return None
+
+    def axes(self, linear: str) -> tuple[tuple[str, ...], str]:
+        """The output axes that a linear of a block, by its name there, stacks, and its input axis."""
+        out, inn = self.architecture.linears[linear]
+        return STACKED.get(out, (out,)), inn
+
     def folds(self, block: int) -> list[tuple[str, tuple[str, ...]]]:
         """Modules of a block with the linears that a factor per channel can be moved to, by full names.
 
@@ -241,14 +145,14 @@ class Facts:
         prefix = f"{self.architecture.blocks}.{block}"
         found = []
         for source, readers in self.architecture.folds:
-            out, inn = self.architecture.linears.get(source, ("residual",))[0], self.architecture.linears[readers[0]][1]
-            if self.sizes[out] == self.sizes[inn]:
+            out = self.axes(source)[0][-1] if source in self.architecture.linears else "residual"
+            if self.sizes[out] == self.sizes[self.axes(readers[0])[1]]:
                 found.append((f"{prefix}.{source}", tuple(f"{prefix}.{name}" for name in readers)))
         return found
 
     @property
     def parameters(self) -> int:
-        """Number of weights in the matrices (norms and biases, under 0.1 %, left out)."""
+        """Number of weights in the matrices (norms, biases and positions, under 1 %, left out)."""
         return sum(n * m for n, m in self.matrices.values())
 
 
@@ -261,52 +165,63 @@ def classifies(config: Mapping[str, Any]) -> bool:
     return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
 
 
-def _encoder_facts(config: Mapping[str, Any]) -> Facts:
-    """Facts of an encoder with a classification head; raises RecipeError for any other head or encoder."""
-    kind = str(config.get("model_type"))
-    if kind not in ENCODERS:
+def _architecture(config: Mapping[str, Any]) -> Architecture:
+    """The table of a config's architecture; raises RecipeError for one that is not supported, or not with its head."""
+    kind = config.get("model_type")
+    if classifies(config) and kind not in ENCODERS:
         raise RecipeError(f"a classifier of architecture {kind!r} is not supported; supported: {', '.join(ENCODERS)}")
-    if not classifies(config):
-        found = ", ".join(config.get("architectures") or ["no head"])
-        raise RecipeError(f"{kind} is supported with a head for classes (…ForSequenceClassification), not as {found}")
+    if kind in ENCODERS:
+        if not classifies(config):
+            found = ", ".join(config.get("architectures") or ["no head"])
+            raise RecipeError(
+                f"{kind} is supported with a head for classes (…ForSequenceClassification), not as {found}"
+            )
+        if config.get("is_decoder") or config.get("position_embedding_type", "absolute") != "absolute":
+            raise RecipeError(f"{kind}: only encoders with absolute positions are supported")
+        return ENCODERS[kind]
+    if kind not in ARCHITECTURES:
+        raise RecipeError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    arch = ARCHITECTURES[kind]
+    if odd := next((key for key in arch.refused if config.get(key)), None):
+        raise RecipeError(f"architecture {kind!r} is not supported with {odd}={config[odd]!r}; unset it")
+    return arch
+
+
+def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes of a classification head in its order; raises RecipeError for another kind of head."""
     names = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
     labels = tuple(str(names[i]) for i in sorted(names, key=int))
     if len(labels) < 2 or config.get("problem_type") not in (None, "single_label_classification"):
         raise RecipeError(
-            f"{kind}: a head for one of several classes is supported, and this one has {len(labels)} outputs for "
-            f"{config.get('problem_type') or 'regression'}"
+            f"{config['model_type']}: a head for one of several classes is supported, and this one has {len(labels)} "
+            f"outputs for {config.get('problem_type') or 'regression'}"
         )
-    if config.get("is_decoder") or config.get("position_embedding_type", "absolute") != "absolute":
-        raise RecipeError(f"{kind}: only encoders with absolute positions are supported")
-    architecture = ENCODERS[kind]
-
-    def entry(name: str) -> Any:
-        return config[architecture.config.get(name, name)]
-
-    skipped = config.get("pad_token_id", 1) + 1 if architecture.padded_positions else 0
-    sizes = {
-        "residual": entry("hidden_size"),
-        "q": entry("hidden_size"),
-        "mlp": entry("intermediate_size"),
-        "positions": config["max_position_embeddings"],
-        "types": config.get("type_vocab_size", 2),
-        "labels": len(labels),
-    }
-    return Facts(
-        architecture=architecture,
-        layers=entry("num_hidden_layers"),
-        sizes=sizes,
-        heads=entry("num_attention_heads"),
-        kv_heads=entry("num_attention_heads"),
-        vocabulary=config["vocab_size"],
-        context_length=config["max_position_embeddings"] - skipped,
-        tied=False,
-        activation=config.get(architecture.config.get("hidden_act", "hidden_act"), "gelu"),
-        labels=labels,
-    )
+    return labels
 
 
-def _window(config: Mapping[str, Any]) -> int | None:
+def _rope(config: Mapping[str, Any]) -> str:
+    """The scaling of rotary frequencies: that of any kind of block which has another than the default."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parts = [p for p in parameters.values() if isinstance(p, Mapping)] or [parameters]
+    found = [str(p.get("rope_type") or p.get("type") or "default") for p in parts]
+    return next((kind for kind in found if kind != "default"), "default")
+
+
+def _window(config: Mapping[str, Any], context: int) -> int | None:
     window: int | None = config.get("sliding_window")
-    narrow = window is not None and config.get("use_sliding_window") is not False
-    return window if narrow and window < config["max_position_embeddings"] else None
+    if window is None or config.get("use_sliding_window") is False:
+        return None
+    return window if window < context else None
+
+
+def _kinds(config: Mapping[str, Any], arch: Architecture, layers: int) -> tuple[str, ...]:
+    period = config.get("sliding_window_pattern") or arch.sliding_period
+    if not arch.sliding_period:
+        return ()
+    return tuple(config.get("layer_types") or [SLIDING if (i + 1) % period else FULL for i in range(layers)])
+
+
+def _query_scale(config: Mapping[str, Any], head_size: int) -> float:
+    if config.get("scale_attn_weights") is False:  # GPT-2's
+        return 1.0
+    return 1 / math.sqrt(config.get("query_pre_attn_scalar") or head_size)

@@ -149,12 +149,14 @@ def load(folder: Path, dtype: str = "float32") -> Model:
 
     from compress.architectures import classifies
     from compress.classifier import auto_class, model_of
+    from compress.conv1d import as_linears
     from compress.storage import materialize, unflatten
 
     facts = manifest(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         module = auto_class(config.to_dict()).from_config(config, dtype=torch.float32)
+    as_linears(module)  # as the tensors were saved
     tensors, specs = load_file(folder / WEIGHTS), facts["encodings"]
     shelf = _shelf(folder, module, specs) if facts.get("streamed") else None
     inside = {n: spec for n, spec in specs.items() if shelf is None or shelf.index(n) is None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,20 @@ Observer = Callable[[tuple[str, ...], Tensor], None]
 """Called with the linears that share an input, and that input: (tokens, in_features) float32."""
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """What a block is called with besides its hidden states: positions, masks and rotary tables."""
+
+    positional: tuple[Any, ...] = ()
+    named: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, module: nn.Module, states: Tensor) -> Tensor:
+        """The hidden states (batch, length, width) float32 that leave a block."""
+        out = module(states, *self.positional, **self.named)
+        left: Tensor = (out[0] if isinstance(out, tuple) else out).float()
+        return left
+
+
 class Block:
     """One block and the hidden states that enter it.
 
@@ -23,7 +38,7 @@ class Block:
     tensor per batch.
     """
 
-    def __init__(self, index: int, module: nn.Module, model: Model, states: list[Tensor], arguments: dict[str, Any]):
+    def __init__(self, index: int, module: nn.Module, model: Model, states: list[Tensor], arguments: Arguments):
         arch = model.facts.architecture
         self.index, self.module = index, module
         self._prefix = f"{arch.blocks}.{index}"
@@ -122,12 +137,16 @@ class Block:
         Yields (tokens, in_features), (tokens, width), (tokens, width), float32. last: the block will not be
         changed before `advance`, which then answers from what was computed here.
         """
-        parent, _, _ = name.removeprefix(f"{self._prefix}.").rpartition(".")
-        assert name.removeprefix(f"{self._prefix}.") in self._architecture.closing
-        early = parent == self._architecture.attention  # the stream before it is known: nothing more need run
+        own = name.removeprefix(f"{self._prefix}.")
+        assert own in self._architecture.closing
+        # The stream before attention is known: nothing more need run.
+        early = own.startswith(f"{self._architecture.attention}.")
         left = []
         for batch in range(len(self._states)):
             X, product, out = self._caught_around(name, batch, early)
+            if own in self._architecture.post_norms:
+                norm = self.module.get_submodule(self._architecture.post_norms[own])
+                product = norm(product.bfloat16()).float()  # which is what the block rounds it to, before and after
             before = self._states[batch] if out is None else out - product
             yield X, before.flatten(0, -2), (before + product if out is None else out).flatten(0, -2)
             left += [] if out is None else [out]
@@ -164,8 +183,7 @@ class Block:
         self._batch = batch
         # bfloat16 products are safe inside a block; the residual stream stays float32.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = self.module(self._states[batch], **self._arguments)
-        states_out: Tensor = (out[0] if isinstance(out, tuple) else out).float()
+            states_out = self._arguments.call(self.module, self._states[batch])
         if not torch.isfinite(states_out).all():
             raise NumericalError(f"{self._prefix}: non-finite hidden states on the calibration data")
         return states_out
@@ -191,13 +209,13 @@ def walk(
     blocks = model.module.get_submodule(model.facts.architecture.blocks)
     assert isinstance(blocks, nn.ModuleList)
     stacked = torch.stack(list(windows))
-    states, arguments = enter(model, blocks[0], list(torch.split(stacked, windows_per_batch)))
+    states, arguments = enter(model, list(torch.split(stacked, windows_per_batch)))
     untouched = states
     for index, module in enumerate(blocks):
         progress(f"block {index + 1}/{len(blocks)}", index / len(blocks))
-        block = Block(index, module, model, states, arguments)
+        block = Block(index, module, model, states, arguments[index])
         if originals:
-            untouched = _observe_originals(block, Block(index, module, model, untouched, arguments))
+            untouched = _observe_originals(block, Block(index, module, model, untouched, arguments[index]))
         yield block
         if index + 1 < len(blocks):
             states = block.advance()
@@ -230,21 +248,36 @@ class _Products(Sequence[Tensor]):
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
-    """Leaves the forward pass once the first block's arguments are known."""
+    """Leaves the forward pass once what it was run for is known."""
 
 
 @torch.inference_mode()
-def enter(model: Model, first: nn.Module, batches: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
-    """Hidden states that enter the first block, and the keyword arguments (positions, rotary tables) of all."""
-    caught: list[tuple[Tensor, dict[str, Any]]] = []
+def enter(model: Model, batches: list[Tensor]) -> tuple[list[Tensor], list[Arguments]]:
+    """Hidden states that enter the first block, per batch, and what each block is called with besides.
 
-    def capture(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        # Encoders pass their mask by position; windows of one length, unpadded, have none.
-        assert all(argument is None for argument in args[1:])
-        caught.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
-        raise _Captured
+    batches: (windows, length) int64 each. Windows are never padded, so that one window's masks serve all.
+    """
+    blocks = list(model.module.get_submodule(model.facts.architecture.blocks))
+    kinds = getattr(model.module.config, "layer_types", None) or [""] * len(blocks)
+    firsts = {kind: kinds.index(kind) for kind in kinds}  # blocks of one kind are called alike
+    found: dict[int, Arguments] = {}
+    states: list[Tensor] = []
 
-    hook = first.register_forward_pre_hook(capture, with_kwargs=True)
+    def capture(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = {key: _of_one(value) for key, value in kwargs.items() if key != "hidden_states"}
+        if index == 0:
+            states.append((args[0] if args else kwargs["hidden_states"]).float())
+        found[index] = Arguments(tuple(map(_of_one, args[1:])), named)
+        if len(states) > 1 or index == max(firsts.values()):
+            raise _Captured
+
+    hooks = [
+        blocks[i].register_forward_pre_hook(lambda _, args, kwargs, i=i: capture(i, args, kwargs), with_kwargs=True)
+        for i in firsts.values()
+    ]
+    passed = blocks[: max(firsts.values())]
+    for block in passed:  # to the first block of each kind, without computing those before it
+        block.forward = _unchanged
     try:
         for batch in batches:
             try:
@@ -252,5 +285,18 @@ def enter(model: Model, first: nn.Module, batches: list[Tensor]) -> tuple[list[T
             except _Captured:
                 pass
     finally:
-        hook.remove()
-    return [states.float() for states, _ in caught], caught[0][1]
+        for hook in hooks:
+            hook.remove()
+        for block in passed:
+            del block.forward  # the class's own again
+    return states, [found[firsts[kind]] for kind in kinds]
+
+
+def _of_one(argument: Any) -> Any:
+    """A mask of one window where it is one of several."""
+    masks = isinstance(argument, Tensor) and argument.dim() == 4
+    return argument[:1] if masks else argument
+
+
+def _unchanged(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states

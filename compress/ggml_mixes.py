@@ -93,6 +93,11 @@ _MIXES: Mapping[Preset, _Mix] = {
 }
 
 
+def covers(facts: Facts) -> bool:
+    """Whether the rules are known for an architecture: not where queries, keys and values are one matrix."""
+    return "self_attn.v_proj" in facts.architecture.linears
+
+
 def types(preset: Preset, facts: Facts, importance: bool) -> dict[str, str]:
     """Type per matrix as the mix asks for it, whatever its shape; importance: of input channels, are they known?"""
     mix, found = _MIXES[preset], {}
@@ -129,7 +134,7 @@ def recognized(kinds: Mapping[str, str], facts: Facts) -> Preset | None:
     Of several, one that needs no substitute: all matrices in q8_0 are Q8_0, though Q6_K may end so.
     """
     substituted = None
-    for preset in _MIXES:
+    for preset in _MIXES if covers(facts) else ():
         for importance in (True, False):
             asked = types(preset, facts, importance)
             if kinds == asked:

@@ -14,9 +14,11 @@ from compress.architectures import Facts
 from compress.attention import IMPLEMENTATIONS, round_cache
 from compress.batching import batches, consecutive
 from compress.branching import Branches, by_windows
+from compress.conv1d import as_linears
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, NumericalError, RecipeError
 from compress.numerics.affine import finite
+from compress.numerics.capping import capped
 from compress.numerics.sampling import Pick, greedy
 from compress.numerics.trie import Trie, trie, visible
 from compress.rounding import CacheRounding, InputRounding, to_json
@@ -59,9 +61,10 @@ class Recalled:
 class Model:
     """A causal language model in torch, with the encodings and masks of its weights.
 
-    module: float32 transformers model in eval mode; the float32 weight of an encoded tensor always equals
-    the decoded encoding. encoded, masks: by tensor name, as in `named_parameters`. dtype: of matrix products
-    in evaluation ("float32" or "bfloat16"); weights stay float32. name: for people, never part of the digest.
+    module: float32 transformers model in eval mode, its Conv1D modules made nn.Linear in place; the float32 weight of
+    an encoded tensor always equals the decoded encoding. encoded, masks: by tensor name, as in `named_parameters`.
+    dtype: of matrix products in evaluation ("float32" or "bfloat16"); weights stay float32. name: for people, never
+    part of the digest.
     inputs, cache: what every forward pass rounds, besides; inputs by name of the linear.
     recalled: set where the same windows will be asked for again. shelf: of a model whose blocks are on disk.
     """
@@ -76,6 +79,7 @@ class Model:
         shelf: Shelf | None = None,
     ):
         self.module = module.eval()
+        as_linears(self.module)
         self.name = name
         self.tokenizer = tokenizer
         self.facts = facts_of(module)
@@ -162,8 +166,8 @@ class Model:
         """sha256 over the config, every stored tensor (codes, scales, zero points, floats) and what else is rounded."""
         if self._digest is None:
             config = self.module.config.to_dict()
-            config = {key: config[key] for key in sorted(config) if key not in _NOT_CONTENT}
-            sha = hashlib.sha256(json.dumps(config, default=str).encode())
+            config = {key: config[key] for key in config if key not in _NOT_CONTENT}
+            sha = hashlib.sha256(json.dumps(config, default=str, sort_keys=True).encode())
             for name, tensor in self.tensors():
                 parts = [tensor] if isinstance(tensor, Tensor) else [tensor.codes, tensor.scales, tensor.zero_points]
                 sha.update(f"{name}:{'' if isinstance(tensor, Tensor) else tensor.encoding}".encode())
@@ -250,11 +254,15 @@ class Model:
         missing = [i for i in range(len(windows)) if i not in hidden]
         for batch in batches([len(windows[i]) for i in missing], self.tokens_per_batch):
             hidden |= self._hidden(windows, [missing[k] for k in batch])
-        head = self.module.get_output_embeddings()
         for run in consecutive([len(w) for w in windows], ROWS_OF_HEAD):
             with self._autocast():
-                rows = head(torch.cat([hidden.pop(i) for i in run])).float()
+                rows = self.head(torch.cat([hidden.pop(i) for i in run])).float()
             yield from torch.split(rows, [len(windows[i]) for i in run])
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of final hidden states (..., width), capped where the model does so."""
+        logits: Tensor = self.module.get_output_embeddings()(states)
+        return capped(logits, self.facts.logit_cap)
 
     def _hidden(self, windows: Sequence[Sequence[int]], batch: Sequence[int]) -> dict[int, Tensor]:
         """Final hidden states, (length, width) each, of the windows with these indices."""
@@ -282,11 +290,10 @@ class Model:
         hidden: dict[int, Tensor] = {}
         for batch in batches([len(t.tokens) for t in tries], self.tokens_per_batch):
             hidden |= self._hidden_trees(tries, batch)
-        head = self.module.get_output_embeddings()
         for i, tree in enumerate(tries):
             nodes = sorted({node for path in tree.paths for node in path})
             with self._autocast():
-                rows = head(hidden.pop(i)[nodes]).float()
+                rows = self.head(hidden.pop(i)[nodes]).float()
             place = {node: row for row, node in enumerate(nodes)}
             yield [rows[[place[node] for node in path]] for path in tree.paths]
 

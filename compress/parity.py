@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.architectures import Encoder
 from compress.decisions import compare
+from compress.families import Encoder
 from compress.gate import CheckResult
 from compress.interfaces import Documents, Inspectable, LanguageModel, Progress
 from compress.labels import labels_of

@@ -40,7 +40,7 @@ def permute_channels(module: nn.Module, facts: Facts, seed: int = 0) -> None:
         value, output = _value_permutation(facts, generator)
         rows = {"residual": residual, "mlp": mlp}
         columns = {"residual": residual, "mlp": mlp, "q": output}  # only o_proj reads "q" channels
-        for norm in arch.block_norms:
+        for norm in arch.norms:
             permute(f"{block}.{norm}.weight", residual, 0)
         for name, (out_axis, in_axis) in arch.linears.items():
             permute(f"{block}.{name}.weight", columns[in_axis], 1)

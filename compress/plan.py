@@ -143,10 +143,9 @@ def _texts(parts: Sequence[Split]) -> list[Text]:
 
 
 def _size(facts: Facts, stored: Mapping[str, Encoding]) -> dict[str, Any]:
-    """Predicted size_bytes and bits_per_weight of matrices in these encodings, and norms in float32."""
-    norms = (facts.layers * len(facts.architecture.block_norms) + 1) * facts.sizes["residual"]
-    bits = 32.0 * norms + sum(n * m * stored[name].bits_per_weight(m) for name, (n, m) in facts.matrices.items())
-    return {"size_bytes": round(bits / 8), "bits_per_weight": bits / (facts.parameters + norms)}
+    """Predicted size_bytes and bits_per_weight of matrices in these encodings, and the rest in float32."""
+    bits = 32.0 * facts.floats + sum(n * m * stored[name].bits_per_weight(m) for name, (n, m) in facts.matrices.items())
+    return {"size_bytes": round(bits / 8), "bits_per_weight": bits / (facts.parameters + facts.floats)}
 
 
 def _forward_seconds(facts: Facts, tokens: float) -> float:

@@ -166,9 +166,8 @@ def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
 
 def _check_streaming(recipe: Recipe, facts: Facts) -> None:
     """What reads a model out of order, or holds all of it, has no place where one block is in memory."""
-    if facts.labels:
-        place, kind = recipe.place("streaming"), facts.architecture.model_type
-        raise RecipeError(f"{place}  streaming: is for language models, and {kind} here tells classes apart; drop it")
+    if reason := facts.refuses_streaming:
+        raise _refusal(recipe, ("streaming",), f"{reason}; leave it out")
     for i, entry in enumerate(recipe.steps):
         for path, step in _attempts(entry, i):
             if not step.streams:

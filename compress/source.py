@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from compress.architectures import ARCHITECTURES, Facts
+from compress.architectures import Facts
 from compress.errors import Corrupt, NetworkError, RecipeError, UnsafeInput
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 # llama.cpp, src/llama-vocab.cpp: "smollm" splits every digit, then applies GPT-2's pattern.
 _SPLITS_DIGITS = {"smollm", "refact", "codeshell", "exaone", "minerva-7b", "command-r"}
 _GPT2_PATTERN = {"gpt-2", "default"}
+_GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # read from a file
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,12 @@ def _gguf_fields(path: Path, modified_ns: int) -> Mapping[str, Any]:
 def _gguf_config(path: Path) -> dict[str, Any]:
     fields = gguf_fields(path)
     kind = str(fields.get("general.architecture", ""))
-    if kind not in ARCHITECTURES:
-        raise RecipeError(f"{path.name}: architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if kind not in _GGUF_ARCHITECTURES:
+        known = ", ".join(_GGUF_ARCHITECTURES)
+        raise RecipeError(
+            f"{path.name}: architecture {kind!r} is not supported in a GGUF file (supported: {known}); "
+            "use the safetensors"
+        )
     heads = fields[f"{kind}.attention.head_count"]
     tensors = fields["tensor_types"]
     embedding = fields.get(f"{kind}.vocab_size")
@@ -190,8 +195,8 @@ def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
     known = facts(source)  # an unsupported architecture is refused before any weight is read
     if source.kind == "gguf":
         return _load_gguf(source, dtype)
-    if streaming and known.labels:
-        raise RecipeError(f"model {spec}: streaming is for language models, and this one tells classes apart")
+    if streaming and (reason := known.refuses_streaming):
+        raise RecipeError(f"model {spec}: streaming {reason}; set streaming: false")
     if streaming:
         return _stream_folder(source, dtype)
     return _load_folder(source, dtype)

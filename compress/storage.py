@@ -82,6 +82,9 @@ def materialize(module: Any, state: Mapping[str, Tensor], shelf: Shelf | None = 
             if held.is_meta and buffer in _CONSTANTS:
                 setattr(child, buffer, _CONSTANTS[buffer](held.shape[-1]))
         if any(b.is_meta for b in child.buffers(recurse=False)):
+            if hasattr(child, "scalar_embed_scale"):  # Gemma's, of the embedding
+                child.embed_scale = torch.tensor(child.scalar_embed_scale)
+                continue
             if not hasattr(child, "rope_type"):
                 raise Corrupt(f"module {name} has a buffer that its config does not determine")
             with torch.device("cpu"):

@@ -1,7 +1,8 @@
 """A transformers tokenizer in GGUF's terms, and the proof that llama.cpp reads the same token ids from it.
 
-Only byte-level BPE is written. llama.cpp hard-codes the pattern that splits text before the merges and looks
-it up by name, so the name is chosen by the tokenizer's own splitting rules, never by the model's name.
+Byte-level BPE and SentencePiece's tokenizers (`_gguf_pieces`) are written. Of the former, llama.cpp hard-codes the
+pattern that splits text before the merges and looks it up by name, so the name is chosen by the tokenizer's own
+splitting rules, never by the model's name.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, RecipeError
+from export import _gguf_pieces as pieces
 
 logger = logging.getLogger(__name__)
 
@@ -55,21 +57,25 @@ def add(writer: Any, tokenizer: Any, size: int, eos_ids: frozenset[int]) -> None
     for a tokenizer that llama.cpp has no equivalent of.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre = pattern(backend)
+    prefix = pieces.prefix(backend)
+    pre = "default" if prefix is not None else pattern(backend)
     tokens, types = _tokens(backend, size)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("gpt2" if prefix is None else "llama")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
+    if prefix is not None:
+        writer.add_token_scores(pieces.scores(backend, tokens))
+        types = pieces.types(backend, tokens, types)
     writer.add_token_types(types)
-    writer.add_add_space_prefix(False)
-    special = _special(tokenizer, size, eos_ids)
+    writer.add_add_space_prefix(bool(prefix))
+    special = _special(tokenizer, size, eos_ids, merges=prefix is None)
     special.add_to_gguf(writer, quiet=True)
 
 
 def pattern(backend: Mapping[str, Any]) -> str:
     """llama.cpp's name for the splitting rules of a tokenizer.json; raises RecipeError for unknown ones."""
     model, normalizer = backend["model"], backend.get("normalizer")
-    if model["type"] != "BPE" or model.get("byte_fallback") or model.get("dropout"):
+    if model["type"] != "BPE" or model.get("dropout"):
         raise RecipeError(f"gguf: a {model['type']} tokenizer is not byte-level BPE; export to onnx instead")
     if normalizer is not None and normalizer["type"] != "NFC":
         raise RecipeError(f"gguf: llama.cpp does not apply the normalizer {normalizer['type']}; export to onnx")
@@ -106,7 +112,7 @@ def probes(tokenizer: Any) -> Iterator[str]:
     rng = random.Random(0)
     mixed = ("".join(rng.choices(_PIECES + tuple(added[:32]), k=rng.randint(2, 6))) for _ in range(300))
     for text in (*_PIECES, *added, *(f"a {token} b{token}c" for token in added), *mixed):
-        yield unicodedata.normalize("NFC", text) if normalizer is not None else text
+        yield unicodedata.normalize("NFC", text) if type(normalizer).__name__ == "NFC" else text
 
 
 def _rules(pre: Mapping[str, Any] | None) -> Iterator[str]:
@@ -145,13 +151,13 @@ def _tokens(backend: Mapping[str, Any], size: int) -> tuple[list[str], list[int]
     return tokens, types
 
 
-def _special(tokenizer: Any, size: int, eos_ids: frozenset[int]) -> Any:
+def _special(tokenizer: Any, size: int, eos_ids: frozenset[int], merges: bool) -> Any:
     """Merges, special ids and chat template, with the ids and flags that this very tokenizer shows."""
     from gguf import SpecialVocab
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        special = SpecialVocab(Path(folder), load_merges=True, n_vocab=size)
+        special = SpecialVocab(Path(folder), load_merges=merges, n_vocab=size)
     special.add_special_token = _flags(tokenizer)
     first = tokenizer.eos_token_id
     ends = sorted(eos_ids, key=lambda i: (i != first, i))  # the tokenizer's own first

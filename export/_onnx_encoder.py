@@ -6,17 +6,13 @@ per text leaves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from compress.architectures import Encoder
+from compress.families import Encoder
 from export._onnx_portable import IR_VERSION, LOWEST, Graph
 
 if TYPE_CHECKING:
     from compress.model import Model
-
-ACTIVATIONS: Mapping[str, str] = {"gelu": "Gelu", "relu": "Relu"}
-"""Of the MLP, by transformers' names: ONNX's operators."""
 
 
 def build(model: Model) -> Any:
@@ -50,7 +46,7 @@ class _Encoder(Graph):
         self.scope = self.parts.pooler
         first = self.op("Gather", x, self.constant(0), axis=1)
         pooled = self.op(self.parts.pooling, self.linear(self.parts.pooler, first))
-        return self.finish(self.linear(self.parts.head, pooled, name="logits"), "batch", len(self.facts.labels))
+        return self.finish(self.linear(self.parts.head, pooled), "batch", len(self.facts.labels))
 
     def _embedded(self, ids: Any) -> Any:
         """Word, type and position embeddings, summed and normed, (b, s, residual)."""
@@ -59,17 +55,17 @@ class _Encoder(Graph):
         if self.parts.types is not None:
             types = self.floats(f"{self.parts.types}.weight")
             x = self.op("Add", x, self.op("Gather", types, self.constant(0), axis=0))
+        assert self.parts.positions is not None
         self.scope = self.parts.positions
-        positions = self.op("Gather", self.floats(f"{self.parts.positions}.weight"), self._positions(ids), axis=0)
+        positions = self.op("Gather", self.floats(f"{self.parts.positions}.weight"), self._places(ids), axis=0)
         return self._norm(self.parts.final_norm, self.op("Add", x, positions))
 
-    def _positions(self, ids: Any) -> Any:
+    def _places(self, ids: Any) -> Any:
         """0 … sequence − 1, (s,); where padding has no position of its own, the count of what is none, (b, s)."""
         import onnx_ir as ir
 
         if not self.parts.padded_positions:
-            length = self.op("Squeeze", self.op("Shape", ids, start=1, end=2))
-            return self.op("Range", self.constant(0), length, self.constant(1))
+            return self.positions(ids)
         padding = self.constant(self.module.config.pad_token_id)
         words = self.op("Cast", self.op("Not", self.op("Equal", ids, padding)), to=ir.DataType.INT64.value)
         return self.op("Add", self.op("Mul", self.op("CumSum", words, self.constant(1)), words), padding)
@@ -77,17 +73,16 @@ class _Encoder(Graph):
     def _block(self, block: str, x: Any, real: Any) -> Any:
         query, key, value, out, up, down = (f"{block}.{name}" for name in self.parts.linears)
         first, second = (f"{block}.{name}" for name in self.parts.block_norms)
-        d = self.facts.head_size
         q, k, v = (self._heads(module, x) for module in (query, key, value))
         self.scope = f"{block}.{self.parts.attention}"
         k = self.op("Transpose", k, perm=[0, 1, 3, 2])
-        scores = self.op("Mul", self.op("MatMul", q, k), self.constant(d**-0.5, "float32"))
-        scores = self.op("Where", real, scores, self.constant(LOWEST, "float32"))
+        scores = self.op("Mul", self.op("MatMul", q, k), self.number(self.facts.query_scale))
+        scores = self.op("Where", real, scores, self.number(LOWEST))
         mixed = self.op("MatMul", self.op("Softmax", scores, axis=-1), v)
         rows = self.op("Transpose", mixed, perm=[0, 2, 1, 3])
         rows = self.op("Reshape", rows, self.constant([0, 0, self.facts.sizes["q"]]))
         x = self._norm(first, self.op("Add", self.linear(out, rows), x))
-        inner = self.op(ACTIVATIONS[self.facts.activation], self.linear(up, x))
+        inner = self.activated(self.facts.activation, self.linear(up, x))
         return self._norm(second, self.op("Add", self.linear(down, inner), x))
 
     def _heads(self, module: str, x: Any) -> Any:
@@ -96,6 +91,4 @@ class _Encoder(Graph):
         return self.op("Transpose", x, perm=[0, 2, 1, 3])
 
     def _norm(self, module: str, x: Any) -> Any:
-        self.scope = module
-        gain, shift = self.floats(f"{module}.weight"), self.floats(f"{module}.bias")
-        return self.op("LayerNormalization", x, gain, shift, axis=-1, epsilon=self.module.get_submodule(module).eps)
+        return self.layer_norm(module, x, self.module.get_submodule(module).eps)

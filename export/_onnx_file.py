@@ -178,9 +178,9 @@ def held_tensor(graph: Any, initializer: str) -> Tensor:
 
 def norm_output(model: Any, module: str) -> str:
     """Name of the value that a norm computes, in an onnx.ModelProto; raises Corrupt where there is none."""
-    gains = {f"{module}.weight", f"{module}.weight.float32"}
+    gains = {f"{module}.weight", f"{module}.weight.float32", f"{module}.weight.gain"}
     for node in model.graph.node:
-        if node.op_type != "Cast" and gains & set(node.input):
+        if node.op_type != "Cast" and node.output[0] not in gains and gains & set(node.input):
             found: str = node.output[0]
             return found
     raise Corrupt(f"the ONNX graph has no norm {module!r}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from compress.architectures import Facts
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
+from compress.families import ARCHITECTURES
 from compress.interfaces import Exporter, LanguageModel
 from export import _gptq
 
@@ -25,6 +26,7 @@ _GPTQ_USAGE = {
     "transformers": 'transformers.AutoModelForCausalLM.from_pretrained("FOLDER")  # with gptqmodel and optimum',
     "GPTQModel": 'gptqmodel.GPTQModel.load("FOLDER")',
 }
+_TURNED = tuple(f"{a.blocks}." for a in ARCHITECTURES.values() if a.transposed)
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 
 
@@ -64,6 +66,8 @@ class Checkpoint(Exporter):
         if not encoding.symmetric:
             # Its layout for loading has unpacked zero points; transformers puts random ones there.
             return f"{tensor}: transformers cannot open compressed-tensors' packed zero points; use symmetric: true"
+        if encoding.is_coded and tensor.startswith(_TURNED):
+            return f"{tensor}: transformers keeps this linear as (in, out), where it opens no codes; use fp16, or gguf"
         if encoding.is_coded and ".layers." not in tensor:
             return f"{tensor}: transformers opens no coded embedding or head; use embeddings: fp16"
         return None
@@ -84,6 +88,9 @@ class Checkpoint(Exporter):
         if self.format == "compressed-tensors":
             _require_package()
             return
+        if facts.architecture.transposed:
+            kind = facts.architecture.model_type
+            raise RecipeError(f"checkpoint: gptq has no layout for the linears of a {kind}; export to gguf or onnx")
         for name, (n, m) in facts.linears.items():
             if n % _gptq.WORDS or m % _gptq.WORDS:
                 raise RecipeError(
@@ -94,6 +101,8 @@ class Checkpoint(Exporter):
     def write(self, model: Model, out: Path) -> None:
         """Write model.safetensors, config.json and the tokenizer into the empty folder `out`."""
         from safetensors.torch import save_file
+
+        from compress.conv1d import flipped
 
         self.check(model.facts)
         tensors: dict[str, Tensor] = {}
@@ -112,6 +121,7 @@ class Checkpoint(Exporter):
         if reason := self.refuses_together({modules[0]: encoding for encoding, modules in schemes.items()}):
             raise RecipeError(f"checkpoint: {reason}")
         out.mkdir(parents=True, exist_ok=True)
+        tensors = dict(flipped(tensors.items(), model.facts))
         save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
         config = {**model.module.config.to_dict(), "architectures": [type(model.module).__name__], "dtype": "float32"}
         if schemes and self.format == "gptq":
@@ -137,6 +147,8 @@ class Checkpoint(Exporter):
         """Every tensor, read back from the file's bytes."""
         from safetensors.torch import load_file
 
+        from compress.conv1d import flipped
+
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(path / WEIGHTS)
         if _is_gptq(path):
@@ -144,7 +156,7 @@ class Checkpoint(Exporter):
                 yield name, held if isinstance(held, EncodedTensor) else _float(held)
             return
         encodings = {module: e for e, modules in _encodings(config).items() for module in modules}
-        for name, tensor in tensors.items():
+        for name, tensor in flipped(tensors.items(), Facts.from_config(config)):
             module = name.rpartition(".")[0]
             if name.endswith(_PACKED):
                 if module not in encodings:

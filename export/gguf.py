@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import ggml_mixes
-from compress.architectures import ARCHITECTURES, Facts
+from compress.architectures import Facts
 from compress.encodings import GGML_BLOCKS, EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
+from compress.families import ARCHITECTURES, FULL, SLIDING
 from compress.interfaces import Exporter, LanguageModel
 from compress.rounding import CacheRounding, InputRounding
 from export import _gguf_cache
@@ -34,21 +35,34 @@ class Dialect:
 
     name: its general.architecture. interleaved: llama.cpp rotates neighbouring channels of a head, where
     transformers rotates channel j with j + head_size / 2, so that rows of Q and K change places. square: llama.cpp
-    takes all query heads together to be as wide as the hidden state, and refuses the file otherwise.
+    takes all query heads together to be as wide as the hidden state, and refuses the file otherwise. activation: the
+    only one that llama.cpp computes there. tied: it knows no other head than the embedding. layers_of_27b: by this
+    number of blocks it takes the model for one whose queries are scaled otherwise. local_base: of rotary frequencies in
+    blocks with a window, where it is fixed. A norm's gain is stored as what it multiplies by, so with what the
+    architecture adds to it.
     """
 
     name: str
-    interleaved: bool
+    interleaved: bool = False
     square: bool = False
+    activation: str = "silu"
+    tied: bool = False
+    layers_of_27b: int | None = None
+    local_base: float | None = None
 
 
 DIALECTS = {
     "llama": Dialect("llama", interleaved=True),
     "mistral": Dialect("llama", interleaved=True),
-    "qwen2": Dialect("qwen2", interleaved=False, square=True),
-    "qwen3": Dialect("qwen3", interleaved=False),
+    "qwen2": Dialect("qwen2", square=True),
+    "qwen3": Dialect("qwen3"),
+    "phi3": Dialect("phi3", square=True),
+    "gemma": Dialect("gemma", activation="gelu_tanh", tied=True),
+    "gemma2": Dialect("gemma2", activation="gelu_tanh", tied=True, layers_of_27b=46),
+    "gemma3_text": Dialect("gemma3", activation="gelu_tanh", layers_of_27b=62, local_base=10_000.0),
+    "gpt2": Dialect("gpt2", activation="gelu_tanh"),
 }
-_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # the way back
+_MODEL_TYPES = {dialect.name: kind for kind, dialect in DIALECTS.items() if kind != "mistral"}  # the way back
 _FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _FILE_TYPES = {
     "F32": "ALL_F32",
@@ -114,14 +128,27 @@ class Gguf(Exporter):
             raise RecipeError(f"gguf cannot write architecture {kind!r}; known: {', '.join(DIALECTS)}")
         if facts.rope != "default":
             raise RecipeError(f"gguf: rope scaling {facts.rope!r} is not written yet; export to onnx instead")
-        if facts.activation != "silu":
-            raise RecipeError(f"gguf: llama.cpp computes silu here, not {facts.activation!r}; export to onnx")
-        if facts.window is not None:
+        dialect = DIALECTS[kind]
+        if facts.activation != dialect.activation:
+            computed = dialect.activation
+            raise RecipeError(f"gguf: llama.cpp computes {computed} here, not {facts.activation!r}; export to onnx")
+        if facts.architecture.sliding_period:
+            _check_kinds(facts)
+        elif facts.window is not None:
             raise RecipeError(
                 f"gguf: a sliding window of {facts.window} tokens is not written yet; export to onnx instead"
             )
+        if dialect.tied and not facts.tied:
+            raise RecipeError(f"gguf: llama.cpp gives a {kind} no head but its embedding; export to onnx")
+        if facts.logit_cap is not None and kind != "gemma2":
+            raise RecipeError(f"gguf: llama.cpp does not cap the logits of a {kind}; export to onnx")
+        if facts.query_scale != _query_scale(facts, dialect):
+            raise RecipeError(
+                f"gguf: llama.cpp scales the queries of this {kind} by {_query_scale(facts, dialect):g}, not by "
+                f"{facts.query_scale:g}; export to onnx"
+            )
         queries, hidden = facts.sizes["q"], facts.sizes["residual"]
-        if DIALECTS[kind].square and queries != hidden:
+        if dialect.square and queries != hidden:
             raise RecipeError(
                 f"gguf: llama.cpp needs {kind}'s query heads together as wide as its hidden state, and here "
                 f"{facts.heads} heads of {facts.head_size} make {queries}, not {hidden}; export to onnx, or prune "
@@ -180,6 +207,7 @@ class Gguf(Exporter):
         kind = str(fields["general.architecture"].contents())
         if kind not in _MODEL_TYPES:
             raise RecipeError(f"{path}: architecture {kind!r} was not written by compress")
+        architecture, dialect = ARCHITECTURES[_MODEL_TYPES[kind]], DIALECTS[_MODEL_TYPES[kind]]
         layers = int(fields[f"{kind}.block_count"].contents())
         heads = int(fields[f"{kind}.attention.head_count"].contents())
         kv_heads = int(fields[f"{kind}.attention.head_count_kv"].contents())
@@ -189,7 +217,9 @@ class Gguf(Exporter):
                 raise Corrupt(f"{path}: tensor {tensor.name!r} has no name in a {kind} model")
             name = names[tensor.name]
             held = _from_file(tensor.tensor_type.name, tensor.data, f"{path}: {tensor.name}")
-            yield name, _reordered(name, held, DIALECTS[kind], heads, kv_heads, back=True)
+            if not isinstance(held, EncodedTensor):
+                held = held - architecture.offset(name)
+            yield name, _reordered(name, held, dialect, heads, kv_heads, back=True)
 
     def _add_tensors(self, writer: Any, model: Model, dialect: Dialect) -> None:
         """Add every tensor in its block type, then llama.cpp's name of the mix, or the type that most weights have."""
@@ -205,6 +235,8 @@ class Gguf(Exporter):
             if isinstance(tensor, EncodedTensor) and (reason := self.refuses(tensor.encoding, name)):
                 raise RecipeError(f"gguf: {reason}")
             tensor = _reordered(name, tensor, dialect, facts.heads, facts.kv_heads, back=False)
+            if offset := facts.architecture.offset(name):
+                tensor = (tensor.decode() if isinstance(tensor, EncodedTensor) else tensor).float() + offset
             kind, data = _to_file(tensor, name)
             weights[kind] += tensor.numel() if not isinstance(tensor, EncodedTensor) else math.prod(tensor.shape)
             if name in facts.matrices:
@@ -220,7 +252,7 @@ class Gguf(Exporter):
 
 def _add_shape(writer: Any, config: Mapping[str, Any], facts: Facts) -> None:
     """The keys from which llama.cpp builds the network."""
-    rope = config.get("rope_parameters") or {}
+    arch = facts.architecture
     writer.add_context_length(facts.context_length)
     writer.add_embedding_length(facts.sizes["residual"])
     writer.add_block_count(facts.layers)
@@ -229,10 +261,51 @@ def _add_shape(writer: Any, config: Mapping[str, Any], facts: Facts) -> None:
     writer.add_head_count_kv(facts.kv_heads)
     writer.add_key_length(facts.head_size)
     writer.add_value_length(facts.head_size)
-    writer.add_rope_dimension_count(facts.head_size)
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    epsilon = float(config[arch.keys["epsilon"]])
+    (writer.add_layer_norm_eps if arch.centred else writer.add_layer_norm_rms_eps)(epsilon)
     writer.add_vocab_size(facts.vocabulary)
+    if arch.positions is None:
+        _add_rotation(writer, config["rope_parameters"], facts)
+    if arch.sliding_period:
+        writer.add_sliding_window(config["sliding_window"])
+    if facts.attention_cap is not None:
+        writer.add_attn_logit_softcapping(facts.attention_cap)
+    if facts.logit_cap is not None:
+        writer.add_final_logit_softcapping(facts.logit_cap)
+
+
+def _add_rotation(writer: Any, rope: Mapping[str, Any], facts: Facts) -> None:
+    """How positions turn queries and keys; raises RecipeError where blocks with a window turn them by other angles."""
+    fixed = DIALECTS[facts.architecture.model_type].local_base
+    if fixed is not None:
+        local, rope = float(rope[SLIDING]["rope_theta"]), rope[FULL]
+        if local != fixed:
+            raise RecipeError(
+                f"gguf: llama.cpp turns blocks with a window by a base of {fixed:g}, not {local:g}; export to onnx"
+            )
+    writer.add_rope_dimension_count(int(facts.head_size * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+
+
+def _check_kinds(facts: Facts) -> None:
+    """Refuse blocks in another order than llama.cpp has them: it knows by its number whether one has a window."""
+    period, kind = facts.architecture.sliding_period, facts.architecture.model_type
+    if facts.kinds is None:
+        problem = "which of them are left is known only once they are removed"
+    elif facts.kinds != tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(facts.layers)):
+        problem = "here another has"
+    else:
+        return
+    raise RecipeError(
+        f"gguf: llama.cpp gives all blocks of a {kind} a window but every one in {period}, and {problem}; export to "
+        "onnx, or remove no blocks"
+    )
+
+
+def _query_scale(facts: Facts, dialect: Dialect) -> float:
+    """What llama.cpp multiplies products of queries and keys by; it knows some models by their number of blocks."""
+    taken = facts.sizes["residual"] // facts.heads if facts.layers == dialect.layers_of_27b else facts.head_size
+    return 1 / math.sqrt(taken)
 
 
 def _names(model_type: str, layers: int) -> dict[str, str]:
@@ -242,10 +315,10 @@ def _names(model_type: str, layers: int) -> dict[str, str]:
     arch = next(a for a in MODEL_ARCH if MODEL_ARCH_NAMES[a] == DIALECTS[model_type].name)
     table = get_tensor_name_map(arch, layers)
     parts = ARCHITECTURES[model_type]
-    inner = (*parts.linears, *parts.block_norms, "self_attn.q_norm", "self_attn.k_norm")
+    inner = (*parts.linears, *parts.norms, "self_attn.q_norm", "self_attn.k_norm")
     modules = [f"{parts.blocks}.{i}.{name}" for i in range(layers) for name in inner]
     found = {}
-    for module in (parts.embedding, *modules, parts.final_norm, parts.head):
+    for module in (parts.embedding, *filter(None, (parts.positions,)), *modules, parts.final_norm, parts.head):
         if (new := table.get_name(module)) is not None:
             found.update({f"{module}.{suffix}": f"{new}.{suffix}" for suffix in ("weight", "bias")})
     return found

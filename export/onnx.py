@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GENAI = ("llama", "mistral", "qwen2", "qwen3")  # architectures whose built graphs we know tensor by tensor
 PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 
 
@@ -109,11 +110,10 @@ class Onnx(Exporter):
         if self.flavour == "portable":
             _check_portable(facts)
             return
-        if facts.labels:
-            kind = facts.architecture.model_type
+        if facts.architecture.model_type not in GENAI:
             raise RecipeError(
-                f"onnx: onnxruntime-genai runs language models, and {kind} here tells classes apart; "
-                "use flavour: portable"
+                f"onnx genai carries exact weights into graphs of {', '.join(GENAI)}, not of "
+                f"{facts.architecture.model_type}; use flavour: portable"
             )
         if alike := [name for name, (n, _) in facts.linears.items() if n == facts.vocabulary]:
             # The builder recognizes the head by its outputs alone, and would build a wrong graph silently.
@@ -203,21 +203,16 @@ def _require_packages(flavour: str) -> None:
 
 def _check_portable(facts: Facts) -> None:
     """Refuse what our graphs do not compute; raises RecipeError."""
-    from export._onnx_encoder import ACTIVATIONS
-    from export._onnx_portable import ROPES
+    from export._onnx_portable import ACTIVATIONS, ROPES
 
-    if facts.labels:
-        if facts.activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise RecipeError(f"onnx portable: the activation {facts.activation!r} is not written; known: {known}")
-        return
     if facts.rope not in ROPES:
         raise RecipeError(
             f"onnx portable: rope scaling {facts.rope!r} depends on the length; known: {', '.join(ROPES)}"
         )
-    if facts.activation != "silu":
-        raise RecipeError(f"onnx portable computes silu, not {facts.activation!r}; use flavour: genai")
-    if facts.window is not None:
+    if facts.activation not in ACTIVATIONS:
+        remedy = "; use flavour: genai" if facts.architecture.model_type in GENAI else ""
+        raise RecipeError(f"onnx portable computes {', '.join(ACTIVATIONS)}, not {facts.activation!r}{remedy}")
+    if facts.window is not None and not facts.architecture.sliding_period:
         raise RecipeError(f"onnx portable has no sliding window, and here it is {facts.window}; use flavour: genai")
 
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from compress import artifact, measure, plugin, recipe, refusals, source
-from compress.architectures import ENCODERS, Facts
+from compress.architectures import Facts
 from compress.blocks import walk
 from compress.classifier import Classifier, model_of
 from compress.encodings import EncodedTensor
 from compress.errors import Corrupt, RecipeError, UnsafeInput
+from compress.families import ENCODERS
 from compress.interfaces import Context
 from compress.model import Model
 from tests.tiny import tiny_model
@@ -58,6 +59,7 @@ def test_the_table_names_every_matrix_and_every_linear_of_the_blocks(kind: str) 
     facts, module = model.facts, model.module
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.dim() == 2}
     assert facts.matrices == shapes
+    assert facts.parameters + facts.floats == sum(p.numel() for p in module.parameters())
     inside = {n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
     assert set(facts.linears) == {n for n in inside if n.startswith(f"{facts.architecture.blocks}.")}
     norms = {n for n, m in module.named_modules() if isinstance(m, torch.nn.LayerNorm)}

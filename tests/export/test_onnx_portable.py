@@ -218,7 +218,7 @@ def test_what_it_cannot_carry_is_refused_with_a_remedy() -> None:
     PORTABLE.check(Facts.from_config(base))
     for change, message in (
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' depends on the length"),
-        ({"hidden_act": "gelu"}, "computes silu, not 'gelu'; use flavour: genai"),
+        ({"hidden_act": "quick_gelu"}, "computes silu, gelu, gelu_tanh, relu, not 'quick_gelu'; use flavour: genai"),
         ({"sliding_window": 16}, "no sliding window, and here it is 16"),
     ):
         with pytest.raises(RecipeError, match=message):

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from compress.errors import RecipeError
+from compress.numerics.capping import capped
 from compress.steps.distill._checkpoints import restore
 
 if TYPE_CHECKING:
@@ -32,16 +33,17 @@ class Network:
     def __init__(self, module: Any, learns: bool):
         self.body = module.base_model
         output = module.get_output_embeddings()
-        embedding = module.get_input_embeddings().weight
+        embeddings = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
         self.shadows: dict[nn.Parameter, Tensor] = {}
         # Adapters are left to autocast: peft computes with them in float32.
         self.frozen: dict[str, Tensor] = {
             name: self._converted(parameter, learns)
             for name, parameter in self.body.named_parameters()
-            if parameter.ndim == 2 and parameter is not embedding and not (learns and ".lora_" in name)
+            if parameter.ndim == 2 and parameter not in embeddings and not (learns and ".lora_" in name)
         }
         self.head_weight = self._converted(output.weight, learns)
         self.head_bias = output.bias
+        self.cap: float | None = getattr(module.config, "final_logit_softcapping", None)
 
     def _converted(self, parameter: nn.Parameter, learns: bool) -> Tensor:
         """The parameter in bfloat16; where it learns, a leaf that hands its gradients on."""
@@ -69,7 +71,8 @@ class Network:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (tokens, vocabulary) in bfloat16."""
         with torch.autocast("cpu", torch.bfloat16):
-            return linear(hidden, self.head_weight, self.head_bias)
+            # A cap ends in a product with a number, whose backward does not read its output either.
+            return capped(linear(hidden, self.head_weight, self.head_bias), self.cap)
 
     def read(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Logits (rows, vocabulary) after new tokens (rows, n), and the key-value cache grown by them; None begins."""
@@ -140,7 +143,7 @@ def trained_tensors(model: Model, train: str) -> list[str]:
     """Names of the tensors that training `norms`, `lora` or `all` changes; RecipeError if one is encoded."""
     facts, names = model.facts, [name for name, _ in model.module.named_parameters()]
     if train == "norms":
-        of_blocks = tuple(f".{norm}.weight" for norm in facts.architecture.block_norms)
+        of_blocks = tuple(f".{norm}.weight" for norm in facts.architecture.norms)
         names = [n for n in names if n.endswith(of_blocks) or n == f"{facts.architecture.final_norm}.weight"]
     elif train == "lora":
         names = [f"{module}.weight" for module in facts.linears]

@@ -48,8 +48,13 @@ class Hidden(WeightDistillation):
     projection_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
 
     def check(self, facts: Facts) -> None:
-        """Refuse, before weights load, blocks that the student does not have."""
+        """Refuse, before weights load, blocks that the student does not have, and relations of what is one matrix."""
         super().check(facts)
+        if self.relations and "qkv" in {out for out, _ in facts.architecture.linears.values()}:
+            raise RecipeError(
+                f"{self.name}: relations compare queries, keys and values, which are one matrix in a "
+                f"{facts.architecture.model_type}; set relations: 0"
+            )
         for student, _ in self.layers or []:
             if student >= facts.layers:
                 raise RecipeError(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.architectures import Facts
     from compress.blocks import Block
     from compress.model import Model
 
@@ -41,6 +42,13 @@ class Removal(Step):
     criterion: Criterion = "activation"
     update: Update = "output"
     ridge: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
+
+    def check_update(self, facts: Facts) -> None:
+        """Refuse the update that a norm behind the reading linear makes meaningless."""
+        from compress.steps.prune._structure import refuse_post_norms
+
+        if self.update == "stream":
+            refuse_post_norms(facts, self.name)
 
     def scores(self, W: Tensor, H: Tensor, taylor: Tensor | None, size: int = 1) -> Tensor:
         """Worth of each run of `size` neighbouring channels, (m / size,). W: (n, m). H: (m, m). taylor: (m / size,)."""

@@ -23,10 +23,10 @@ class Stream:
 
     def __init__(self, model: Model, window: Tensor):
         architecture = model.facts.architecture
-        first = model.module.get_submodule(architecture.blocks)[0]
-        (self._entering,), self._arguments = enter(model, first, [window[None]])
+        (self._entering,), arguments = enter(model, [window[None]])
+        self._arguments = dict(zip(model.module.get_submodule(architecture.blocks), arguments, strict=True))
         self._norm = model.module.get_submodule(architecture.final_norm)
-        self._head = model.module.get_output_embeddings()
+        self._head = model.head
 
     def states(self, blocks: Sequence[nn.Module]) -> list[Tensor]:
         """Those that enter each of the blocks, and those that leave the last."""
@@ -39,8 +39,7 @@ class Stream:
         """What leaves the last of the blocks."""
         for block in blocks:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                out = block(states, **self._arguments)
-            states = (out[0] if isinstance(out, tuple) else out).float()
+                states = self._arguments[block].call(block, states)
         return states
 
     def logits(self, states: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from compress.architectures import Architecture
+    from compress.architectures import Facts
+    from compress.families import Architecture
     from compress.interfaces import Context
     from compress.model import Model
 
@@ -44,13 +45,43 @@ def twin_of(model: Model) -> Model:
     return model_of(copy.deepcopy(model.module), model.tokenizer)
 
 
-def select_axis(architecture: Architecture, block: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Keep the positions `kept` of the named axes in every linear of a block, in place."""
-    for name, axes in architecture.linears.items():
+def select_axis(facts: Facts, block: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Keep the positions `kept` of the named axes in every linear of a block, in place. facts: of the model before."""
+    for name in facts.architecture.linears:
         linear: nn.Linear = block.get_submodule(name)  # type: ignore[assignment]
-        for dim, axis in enumerate(axes):
-            if axis in kept:
-                select_channels(linear, kept[axis], dim)
+        outputs, inputs = facts.axes(name)
+        for dim, axes in enumerate((outputs, (inputs,))):
+            if kept.keys() & set(axes):
+                select_channels(linear, _stacked(facts, axes, kept), dim)
+
+
+def _stacked(facts: Facts, axes: tuple[str, ...], kept: Mapping[str, Tensor]) -> Tensor:
+    """Positions that stay of axes that a linear holds one behind the other."""
+    import torch
+
+    parts, start = [], 0
+    for axis in axes:
+        parts.append(start + kept.get(axis, torch.arange(facts.sizes[axis])))
+        start += facts.sizes[axis]
+    return torch.cat(parts)
+
+
+def refuse_without_head_size(facts: Facts, step: str) -> None:
+    """Raise RecipeError where a head's size always is the width divided by the number of heads."""
+    if "head_size" not in facts.architecture.keys:
+        raise RecipeError(
+            f"{step}: the config of a {facts.architecture.model_type} cannot say that heads and width no longer "
+            "divide as they did; use prune.neurons or prune.layers"
+        )
+
+
+def refuse_post_norms(facts: Facts, step: str) -> None:
+    """Raise RecipeError for `update: stream` where a norm stands between the linear to be set and the stream."""
+    if facts.architecture.post_norms:
+        raise RecipeError(
+            f"{step}: update: stream solves for the residual stream, and in {facts.architecture.model_type} a norm "
+            "stands before it; use update: none, or another update"
+        )
 
 
 def reader_of(architecture: Architecture, axis: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def taylor_scores(
         with _frozen(model.module):
             for done, window in enumerate(windows):
                 progress("gradients", done / len(windows))
-                _loss(model.module, window).backward()  # type: ignore[no-untyped-call]
+                _loss(model, window).backward()  # type: ignore[no-untyped-call]
                 for i, X in inputs.items():
                     assert X.grad is not None
                     change = (X.detach().float() * X.grad.float()).view(-1, len(scores[i]), size).sum(dim=2)
@@ -56,11 +56,11 @@ def taylor_scores(
     return scores
 
 
-def _loss(module: Any, window: Tensor) -> Tensor:
+def _loss(model: Model, window: Tensor) -> Tensor:
     """Cross-entropy of the next token, summed over one window, in nats."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        states = module.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0]
-        logits = module.get_output_embeddings()(states)
+        states = model.module.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0]
+        logits = model.head(states)
     return nn.functional.cross_entropy(logits[:-1].float(), window[1:], reduction="sum")
 
 

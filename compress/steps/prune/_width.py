@@ -105,7 +105,7 @@ def narrow(model: Model, kept: Tensor) -> None:
         head.weight = embedding.weight
     _narrow_norm(model.module.get_submodule(arch.final_norm), kept)
     for block in model.module.get_submodule(arch.blocks):
-        select_axis(arch, block, {"residual": kept})
+        select_axis(model.facts, block, {"residual": kept})
         for norm in arch.block_norms:
             _narrow_norm(block.get_submodule(norm), kept)
         part: Any  # transformers keeps the width a second time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,6 +37,11 @@ class Heads(Removal):
 
     def check(self, facts: Facts) -> None:
         """Refuse counts that leave no head, or groups of unequal size."""
+        from compress.steps.prune._structure import refuse_without_head_size
+
+        self.check_update(facts)
+        if self.groups or self.queries:
+            refuse_without_head_size(facts, self.name)
         groups, per_group = facts.kv_heads - self.groups, facts.heads // facts.kv_heads
         if groups < 1:
             raise RecipeError(
@@ -75,11 +81,18 @@ class Heads(Removal):
         refuse_unready(model, context, self.name)
         reader = reader_of(before.architecture, "q")
         taylor = self.taylor(model, context, reader, before.head_size)
+        part: Any
+        config = model.module.config
+        smaller = _with_heads(copy.deepcopy(config), before, after)
         for block, twin in beside(model, context, self.update):
             self._cut(before, after, block, twin, reader, taylor[block.index])
-        config = model.module.config
-        config.head_dim = before.head_size  # no longer hidden_size / num_attention_heads
-        config.num_attention_heads, config.num_key_value_heads = after.heads, after.kv_heads
+            for part in block.module.modules():
+                if hasattr(part, "config"):  # some read their counts there, while later blocks still have them all
+                    part.config = smaller
+        _with_heads(config, before, after)
+        for part in model.module.modules():
+            if getattr(part, "config", None) is smaller:
+                part.config = config
         model.reshaped()
         context.notes.append(
             f"{self.name}: {after.heads} of {before.heads} query heads and {after.kv_heads} of {before.kv_heads} "
@@ -102,9 +115,18 @@ class Heads(Removal):
         kv, q = highest_groups(worth.view(before.kv_heads, -1), after.kv_heads, after.heads // after.kv_heads)
         kept = with_neighbours(q, before.head_size)
         V = W[:, kept] if self.update == "none" else refit(self.name, tensor, W, sums, kept, self.ridge)
-        select_axis(before.architecture, block.module, {"q": kept, "kv": with_neighbours(kv, before.head_size)})
+        select_axis(before, block.module, {"q": kept, "kv": with_neighbours(kv, before.head_size)})
         block.linears[name].weight.data.copy_(V)
-        part: Any
+        part: Any  # transformers keeps the counts a second time
         for part in block.module.modules():
             if hasattr(part, "num_key_value_groups"):
                 part.num_key_value_groups = after.heads // after.kv_heads
+            if hasattr(part, "num_key_value_heads"):
+                part.num_key_value_heads = after.kv_heads
+
+
+def _with_heads(config: Any, before: Facts, after: Facts) -> Any:
+    """A config that says how many heads there are, itself."""
+    config.head_dim = before.head_size  # no longer hidden_size / num_attention_heads
+    config.num_attention_heads, config.num_key_value_heads = after.heads, after.kv_heads
+    return config

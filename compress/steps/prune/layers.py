@@ -40,7 +40,11 @@ class Layers(Step):
     ridge: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
 
     def check(self, facts: Facts) -> None:
-        """Refuse to remove every block."""
+        """Refuse to remove every block, and an update that a norm makes meaningless."""
+        from compress.steps.prune._structure import refuse_post_norms
+
+        if self.update == "stream":
+            refuse_post_norms(facts, self.name)
         if self.count >= facts.layers:
             raise RecipeError(
                 f"count={self.count} leaves none of {facts.layers} blocks; use at most {facts.layers - 1}"
@@ -48,7 +52,10 @@ class Layers(Step):
 
     def facts_after(self, facts: Facts) -> Facts:
         """The same model with fewer blocks."""
-        return replace(facts, layers=facts.layers - self.count)
+        mixed = facts.kinds is None or len(set(facts.kinds)) > 1  # which kinds will go is not known yet
+        left = facts.layers - self.count
+        kinds = facts.kinds and facts.kinds[:left]
+        return replace(facts, layers=left, kinds=None if mixed and self.count else kinds)
 
     def apply(self, model: Model, context: Context) -> None:
         """Remove the blocks in place, then adapt the config."""
@@ -117,5 +124,5 @@ def _keep_blocks(model: Model, kept: Sequence[int]) -> None:
     config = model.module.config
     if getattr(config, "layer_types", None):  # full or sliding attention, per block
         config.layer_types = [config.layer_types[i] for i in kept]
-    config.num_hidden_layers = len(kept)
+    setattr(config, model.facts.architecture.keys["layers"], len(kept))
     model.reshaped()

@@ -36,6 +36,7 @@ class Neurons(Removal):
 
     def check(self, facts: Facts) -> None:
         """Refuse a fraction that removes no channel; 0 is allowed, and changes nothing."""
+        self.check_update(facts)
         width = facts.sizes["mlp"]
         if self.fraction > 0 and self._width(facts) == width:
             raise RecipeError(
@@ -61,7 +62,7 @@ class Neurons(Removal):
         taylor = self.taylor(model, context, reader)
         for block, twin in beside(model, context, self.update):
             self._narrow(model, block, twin, reader, width, taylor[block.index])
-        model.module.config.intermediate_size = width
+        setattr(model.module.config, model.facts.architecture.keys["mlp"], width)
         model.reshaped()
         context.notes.append(f"{self.name}: {width} of {before} MLP channels remain in each block")
 
@@ -84,7 +85,7 @@ class Neurons(Removal):
         tensor, W = f"{name}.weight", block.linears[name].weight.detach()
         kept = highest(require_finite(self.scores(W, sums[0], taylor), tensor, self.name), width)
         V = W[:, kept] if self.update == "none" else refit(self.name, tensor, W, sums, kept, self.ridge)
-        select_axis(model.facts.architecture, block.module, {"mlp": kept})
+        select_axis(model.facts, block.module, {"mlp": kept})
         block.linears[name].weight.data.copy_(V)
         part: Any  # transformers keeps the width a second time
         for part in block.module.modules():

@@ -15,12 +15,19 @@ if TYPE_CHECKING:
 
 
 def fold(model: Model, source: str, readers: Sequence[str], s: Tensor) -> None:
-    """Divide the output channels of `source` by s (m,) and multiply the columns of its readers: the same function."""
+    """Divide the output channels of `source` by s (m,) and multiply the columns of its readers: the same function.
+
+    Of a fused linear, the last m output channels are the readers'.
+    """
     import torch
 
     with torch.no_grad():
-        for parameter in model.module.get_submodule(source).parameters(recurse=False):  # weight and bias
-            parameter.div_(s if parameter.dim() == 1 else s.unsqueeze(1))
+        for name, parameter in model.module.get_submodule(source).named_parameters(recurse=False):  # weight and bias
+            part = parameter[-len(s) :]
+            if offset := model.facts.architecture.offset(f"{source}.{name}"):
+                part.copy_((part + offset) / s - offset)
+            else:
+                part.div_(s if part.dim() == 1 else s.unsqueeze(1))
         for name in readers:
             model.parameter(f"{name}.weight").mul_(s)
     model.touch()

@@ -60,6 +60,11 @@ class Ggml(Step):
 
     def check(self, facts: Facts) -> None:
         """Refuse blocks that do not divide the input channels, and patterns that match nothing."""
+        if self.preset is not None and not ggml_mixes.covers(facts):
+            raise RecipeError(
+                f"preset {self.preset}: llama.cpp's mix for a {facts.architecture.model_type}, whose queries, keys and "
+                "values are one matrix, is not known; name a type, e.g. type: q4_k"
+            )
         if self.fallback is None and (misfits := self._misfits(facts)) and self.preset is not None:
             tensor, kind = next(iter(misfits.items()))
             width = facts.matrices[tensor][1]

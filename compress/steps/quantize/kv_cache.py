@@ -34,7 +34,12 @@ class KvCache(Step):
     values: Literal["int8", "int4"] = "int8"
 
     def check(self, facts: Facts) -> None:
-        """Refuse heads that blocks do not divide."""
+        """Refuse heads that blocks do not divide, and attention that our reading of the cache would not compute."""
+        if facts.attention_cap is not None:
+            raise RecipeError(
+                f"{facts.architecture.model_type} caps its attention at {facts.attention_cap}, which is not computed "
+                "over a rounded cache; leave the step out"
+            )
         if facts.head_size % BLOCK:
             raise RecipeError(f"heads of {facts.head_size} channels are not a multiple of a cache block's {BLOCK}")
 
