@@ -53,7 +53,12 @@ class Facts:
         labels = _labels(config) if isinstance(arch, Encoder) else ()
         if isinstance(arch, Encoder):
             sizes |= {"positions": context, "types": config.get("type_vocab_size", 0), "labels": len(labels)}
-            context -= config["pad_token_id"] + 1 if arch.padded_positions else 0
+            if arch.padded_positions:
+                if config["pad_token_id"] is None:
+                    raise RecipeError(
+                        f"{arch.model_type} counts positions from pad_token_id on, and it is null; set it"
+                    )
+                context -= config["pad_token_id"] + 1
         activation = config.get(keys["activation"]) or "silu"
         return Facts(
             architecture=arch,

@@ -29,8 +29,9 @@ class Neurons(Removal):
     """
 
     name: ClassVar[str] = "prune.neurons"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
+    ridge: float = Field(0.1, gt=0, lt=1, allow_inf_nan=False)
     fraction: float = Field(ge=0, lt=1, allow_inf_nan=False)
     round_to: int = Field(32, ge=1)
 
