@@ -56,7 +56,7 @@ class Facts:
             if arch.padded_positions:
                 if config["pad_token_id"] is None:
                     raise RecipeError(
-                        f"{arch.model_type} counts positions from pad_token_id on, and it is null; set it"
+                        f"{arch.model_type} counts positions from pad_token_id on, which is null; set it"
                     )
                 context -= config["pad_token_id"] + 1
         activation = config.get(keys["activation"]) or "silu"
