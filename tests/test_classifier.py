@@ -78,7 +78,7 @@ def test_the_table_names_every_matrix_and_every_linear_of_the_blocks(kind: str) 
         ({"problem_type": "multi_label_classification"}, "3 outputs for multi_label_classification"),
         ({"is_decoder": True}, "only encoders with absolute positions"),
         ({"position_embedding_type": "relative_key"}, "only encoders with absolute positions"),
-        ({"model_type": "roberta", "pad_token_id": None}, "counts positions from pad_token_id, which is null"),
+        ({"model_type": "roberta", "pad_token_id": None}, "counts positions from pad_token_id on, which is null"),
     ],
 )
 def test_other_heads_and_encoders_are_refused_from_the_config(change: dict[str, Any], message: str) -> None:
