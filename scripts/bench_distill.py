@@ -8,8 +8,8 @@ speed: all weights learn α T² KL + (1 − α) cross-entropy from a live teache
 Trainer is subclassed with compute_loss as the documentation of knowledge distillation has it; in float32, and with
 bf16=True. It reads --micro-batch windows at once and accumulates up to --batch. Timed are the optimizer steps after the
 first. Prints medians over rounds, ratios paired by round, and peak memory.
-recovery: wounds the model on 32 windows, trains each method on --training ones for about the same time (the budget in
-tokens follows from its first steps), and scores the text's first windows, every position but the first of each;
+recovery: wounds the model on 32 windows, trains each method on --training ones for about the same time (the tokens
+follow from its second to fourth step), and scores the text's first windows, every position but the first of each;
 --method adds one: [step, fields]. Prints a Markdown table; won back: of what the wound cost in nats per token.
 """
 
@@ -248,15 +248,22 @@ def recovered(
 
     per_step = fields.get("batch", options.batch) * options.length
     common = {"batch": options.batch, "selection_tokens": 8 * options.length, **fields}
-    tokens = 3 * per_step
+    tokens = 4 * per_step
     for probe in (True, False):
         model = artifact.load(path)
-        context = Context(options.seed, calibration, selection, lambda: baseline)
+        ends: list[float] = []
+
+        def progress(label: str, fraction: float, ends: list[float] = ends) -> None:
+            if label.startswith("step "):
+                ends.append(time.perf_counter())
+
+        context = Context(options.seed, calibration, selection, lambda: baseline, progress=progress)
         started = time.perf_counter()
         step(name)(tokens=tokens, **common, checks=1 if probe else 4).apply(model, context)
         seconds = time.perf_counter() - started
         if probe:
-            tokens = max(1, int(options.seconds / seconds * 3)) * per_step
+            of_a_step = (ends[-1] - ends[0]) / (len(ends) - 1)
+            tokens = max(1, int(options.seconds / of_a_step)) * per_step
     note = context.notes[-1]
     kept = note[note.index("KL to the baseline") : note.index(" nats per token")]
     return {"model": model, "tokens": tokens, "seconds": seconds, "kept": kept}
