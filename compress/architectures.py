@@ -55,9 +55,7 @@ class Facts:
             sizes |= {"positions": context, "types": config.get("type_vocab_size", 0), "labels": len(labels)}
             if arch.padded_positions:
                 if config["pad_token_id"] is None:
-                    raise RecipeError(
-                        f"{arch.model_type} counts positions from pad_token_id on, which is null; set it"
-                    )
+                    raise RecipeError(f"{arch.model_type} counts positions from pad_token_id on, which is null; set it")
                 context -= config["pad_token_id"] + 1
         activation = config.get(keys["activation"]) or "silu"
         return Facts(

@@ -15,7 +15,7 @@ import pytest
 from compress.report import figures, render_html, render_markdown, summary_lines, write
 from compress.report.charts import Axis
 from compress.report.markup import element
-from compress.report.view import check as read_check
+from compress.report.reading import check as read_check
 from compress.report.view import worst
 from tests.records import (
     MARGIN,

@@ -11,8 +11,8 @@ import statistics
 import pytest
 
 from compress.report import figures, render_html, render_markdown
+from compress.report.reading import check as read_check
 from compress.report.samples import differing
-from compress.report.view import check as read_check
 from tests.records import (
     HOSTILE,
     Record,

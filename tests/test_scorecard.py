@@ -10,7 +10,7 @@ from compress.measure import evaluate
 from compress.plugin import evaluator, names
 from compress.report import render_html, render_markdown
 from compress.report import scorecard as reported
-from compress.report.view import read
+from compress.report.reading import read
 from tests.records import make_check, passed_run
 from tests.tiny import perturbed, tiny_model
 

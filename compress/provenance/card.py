@@ -9,7 +9,8 @@ from typing import Any
 from compress.provenance.facts import checks_of, shown
 from compress.report import figures
 from compress.report.markdown import escape, table
-from compress.report.view import Check, check
+from compress.report.reading import check
+from compress.report.view import Check
 
 FILE = "README.md"
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from compress.report import figures, layers, prose, scorecard, spread
-from compress.report.view import Artifact, Check, Report, Stage, read
+from compress.report.reading import read
+from compress.report.view import Artifact, Check, Report, Stage
 
 
 def render_markdown(run: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.report import chain, encodings, evidence, layers, opening, prose, samples, scorecard, tables
 from compress.report.markup import Markup, element
-from compress.report.view import read
+from compress.report.reading import read
 
 
 def render_html(run: dict[str, Any]) -> str:

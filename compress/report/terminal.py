@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compress.report import figures, prose
-from compress.report.view import Check, Report, Stage, read, worst
+from compress.report.reading import read
+from compress.report.view import Check, Report, Stage, worst
 
 
 def summary_lines(run: dict[str, Any]) -> list[str]:
