@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from compress.families import ARCHITECTURES
 from compress.interfaces import Context
 from compress.plugin import step
 from compress.steps.quantize import gptq
 from compress.steps.quantize._fields import round_to_nearest
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_of
 
 WINDOWS = [torch.randint(0, 256, (32,), generator=torch.Generator().manual_seed(i)) for i in range(16)]
 ONLY_HEAD = {"group_size": 16, "keep": {"*": "fp32"}}  # the states that the head reads stay as they are
@@ -49,6 +50,20 @@ def test_logits_lose_less_than_by_rounding_to_nearest(tied, embeddings):
     assert error(held) < 0.75 * error(plain)
     if tied:  # what a row loses by itself stays bounded
         assert (W - held.decode()).square().sum() < 1.5 * (W - plain.decode()).square().sum()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_head_of_every_architecture_is_solved_for_what_it_reads(kind):
+    model, baseline = tiny_of(kind), tiny_of(kind)
+    step("quantize.gptq")(**ONLY_HEAD, embeddings="int3").apply(model, Context(0, WINDOWS))
+    facts = model.facts
+    name = facts.embedding_tensor if facts.tied else f"{facts.architecture.head}.weight"
+    W, X, held = baseline.parameter(name).detach(), states(baseline), model.encoded[name]
+    error, plain = (
+        float(((W - found.decode()) @ X.T).square().sum())
+        for found in (held, round_to_nearest(name, W, held.encoding, search=True))
+    )
+    assert error < 0.9 * plain
 
 
 def test_what_is_read_as_it_is_or_has_8_bits_is_rounded_to_nearest():
