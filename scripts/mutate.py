@@ -24,7 +24,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # the likeliest to notice first
     "compress/numerics/sequences.py": ("tests/numerics/test_sequences.py", "tests/test_decisions.py"),
     "compress/numerics/betting.py": ("tests/numerics/test_betting.py", "tests/test_decisions.py"),
     "compress/decisions.py": ("tests/test_decisions.py", "tests/numerics/test_betting.py"),
-    "compress/gate.py": ("tests/test_gate_bounds.py", "tests/test_gate.py"),
+    "compress/gate.py": ("tests/test_gate_bounds.py", "tests/test_gate.py", "tests/test_gate_cost.py"),
 }
 OTHERS: dict[type[ast.AST], tuple[str, ...]] = {
     ast.Lt: (">=", "<="),

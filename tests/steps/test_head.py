@@ -77,6 +77,13 @@ def test_what_is_read_as_it_is_or_has_8_bits_is_rounded_to_nearest():
         assert torch.equal(held.codes, round_to_nearest(name, W, held.encoding, search=True).codes)
 
 
+def test_options_reach_the_head():
+    plain = rounded(True, "int4").encoded["model.embed_tokens.weight"]
+    for fields in ({"refinement": 1}, {"act_order": True}, {"range": "minmax"}, {"dampening": 0.5}):
+        other = rounded(True, "int4", **fields).encoded["model.embed_tokens.weight"]
+        assert not torch.equal(plain.codes, other.codes), fields
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rows_at_once_change_nothing(monkeypatch, symmetric):
     whole = rounded(True, "int4", symmetric=symmetric).encoded["model.embed_tokens.weight"]

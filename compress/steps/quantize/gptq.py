@@ -81,7 +81,7 @@ class Gptq(WeightQuantization):
 
         from compress.numerics.hessian import Hessian
 
-        norm = model.module.get_submodule(model.facts.architecture.final_norm)
+        norm, search = model.module.get_submodule(model.facts.architecture.final_norm), self.range == "mse"
         W = model.parameter(tensor).detach()
         hessian = Hessian(W.shape[1])
         with torch.inference_mode():
@@ -92,7 +92,7 @@ class Gptq(WeightQuantization):
             H.diagonal().add_(READ_AS_IT_IS * float(H.diagonal().mean()))
         try:
             parts = [
-                solve(rows, Moments(H), encoding, self.dampening, self.range == "mse", act_order=self.act_order)
+                solve(rows, Moments(H), encoding, self.dampening, search, None, self.act_order, self.refinement)
                 for rows in torch.split(W, ROWS_AT_ONCE)
             ]
         except NumericalError as error:
