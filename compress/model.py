@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.architectures import Facts
-from compress.attention import IMPLEMENTATIONS, round_cache
+from compress.attention import IMPLEMENTATIONS, round_cache, speed_up
 from compress.batching import batches, consecutive
 from compress.branching import Branches, by_windows
 from compress.conv1d import as_linears
@@ -19,6 +19,7 @@ from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, NumericalError, RecipeError
 from compress.numerics.affine import finite
 from compress.numerics.capping import capped
+from compress.numerics.products import prefer_onednn
 from compress.numerics.sampling import Pick, greedy
 from compress.numerics.trie import Trie, trie, visible
 from compress.rounding import CacheRounding, InputRounding, to_json
@@ -80,6 +81,8 @@ class Model:
     ):
         self.module = module.eval()
         as_linears(self.module)
+        speed_up(self.module)
+        prefer_onednn()
         self.name = name
         self.tokenizer = tokenizer
         self.facts = facts_of(module)

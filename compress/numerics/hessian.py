@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
+from compress.numerics.products import bfloat16_factors
 
 CHANNELS_AT_ONCE = 192  # of a product that fills one triangle only, block by block: fewer waste less, and are slower
 
@@ -39,22 +37,6 @@ class Hessian:
         if not bool(torch.isfinite(H.sum())):
             raise NumericalError("non-finite Hessian")
         return H
-
-
-@contextmanager
-def bfloat16_factors(exact: bool) -> Iterator[None]:
-    """Let products of float32 tensors read them as bfloat16, where that is `exact`, and still add up in float32.
-
-    Processors with bfloat16 arithmetic are about twice as fast at that; on others nothing changes.
-    """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    if exact:
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _blocks(m: int) -> list[tuple[int, int]]:
