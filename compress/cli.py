@@ -13,6 +13,7 @@ import typer
 
 from compress import completion
 from compress.console import end_on_signals, errors, print_json, reporter
+from compress.machine import keep_freed_memory
 from compress.permission import code_execution
 
 app = typer.Typer(
@@ -370,6 +371,7 @@ def main() -> NoReturn:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if "_COMPRESS_COMPLETE" in os.environ:  # typer folds help at the terminal's width; a shell offers every line of it
         os.environ["COLUMNS"] = "1000"
+    keep_freed_memory()
     end_on_signals()
     app()
     sys.exit(0)

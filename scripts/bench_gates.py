@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from compress.decisions import DECISIONS, PLANNED, Decision, Rule, Verdict, by_cluster
 from compress.gate import Gate
 from compress.interfaces import Documents, Evaluator, LanguageModel
+from compress.machine import keep_freed_memory
 from compress.measure import documents_of
 from compress.plugin import evaluator, step
 from compress.scoring import Memo, batches
@@ -290,6 +291,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--decisions", type=int, default=200)
     options = parser.parse_args()
+    keep_freed_memory()
     if options.cost:
         return cost()
     kept = scores(options.scores, options.documents, options.clusters, options.minutes)

@@ -30,6 +30,7 @@ import torch
 
 from compress import source
 from compress.interfaces import Documents
+from compress.machine import keep_freed_memory
 from compress.model import Model
 from compress.scoring import batches
 from evaluators import _lm_eval
@@ -146,6 +147,7 @@ def exact(options: argparse.Namespace) -> bool:
 
 def main() -> None:
     options = arguments()
+    keep_freed_memory()
     if options.exact:
         sys.exit(0 if exact(options) else "the two differ")
     from lm_eval.models.huggingface import HFLM

@@ -25,6 +25,7 @@ import torch
 
 from compress import data, source
 from compress.interfaces import Context, Documents
+from compress.machine import keep_freed_memory
 from compress.model import Model
 from compress.numerics.divergence import token_nll
 from compress.plugin import evaluator, exporter, step
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--runtimes", action="store_true")
     options = parser.parse_args()
+    keep_freed_memory()
     baseline = source.load(options.model, options.dtype)
     windows = _first_windows(baseline, options.text, options.windows)
     calibration = _calibration(baseline, options.calibration, options.seed)

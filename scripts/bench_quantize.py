@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.machine import keep_freed_memory
+
 LENGTH = 512
 Chain = list[tuple[str, dict[str, Any]]]
 G64 = {"encoding": "int4", "group_size": 64}
@@ -76,6 +78,7 @@ def main() -> None:
     parser.add_argument("--peer", help="interpreter of an environment with gptqmodel")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # one chain, in this process
     options = parser.parse_args()
+    keep_freed_memory()
     if options.row:
         print(json.dumps(measured(json.loads(options.row), options)))
         return

