@@ -22,7 +22,7 @@ from compress.steps.distill.logits import Logits
 from tests.tiny import tiny_model
 
 FAST = {"tokens": 2048, "batch": 4, "checks": 2, "learning_rate": 1e-2, "lora_rank": 4}
-RATES = {"norms": 1e-2, "lora": 1e-2, "all": 1e-3}
+RATES = {"norms": 1e-2, "lora": 1e-2, "blocks": 1e-3, "all": 1e-3}
 TRAINED = list(RATES)
 
 
@@ -96,7 +96,7 @@ def test_a_harmful_learning_rate_never_worsens_the_selection_loss(train):
     assert "after step 0 of 16" in run.notes[-1]
 
 
-@pytest.mark.parametrize(("train", "tolerance"), [("norms", 1e-4), ("all", 1e-4), ("lora", 3e-3)])
+@pytest.mark.parametrize(("train", "tolerance"), [("norms", 1e-4), ("blocks", 1e-4), ("all", 1e-4), ("lora", 3e-3)])
 def test_the_weights_left_behind_are_the_best_ones_measured(train, tolerance):
     """The note's figure equals a fresh measurement: merged adapters compute what was trained, masks included.
 
@@ -215,6 +215,12 @@ def test_norms_are_the_gains_of_the_residual_stream():
         "model.layers.1.post_attention_layernorm.weight",
         "model.norm.weight",
     ]
+
+
+def test_blocks_are_everything_but_embeddings_and_head():
+    model = tiny_model(tie_word_embeddings=False)
+    everything = {name for name, _ in model.module.named_parameters()}
+    assert everything - set(trained_tensors(model, "blocks")) == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 @pytest.mark.parametrize("missing", [{"calibration": ()}, {"selection": ()}, {"teacher": None}])

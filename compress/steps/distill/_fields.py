@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress.steps.distill._training import Outcome, Ruler
 
 # Starting points from a few short runs on a 135M model, 30 % pruned; not the result of a search.
-LEARNING_RATES = {"norms": 4e-4, "lora": 3e-4, "all": 2e-5}
+LEARNING_RATES = {"norms": 4e-4, "lora": 3e-4, "blocks": 2e-5, "all": 2e-5}
 
 
 class Distillation(Step):
@@ -66,13 +66,13 @@ class WeightDistillation(Distillation):
     """Distillation that trains weights of the model.
 
     train: `norms` (the gains of the residual stream), `lora` (adapters of rank `lora_rank` on the blocks' linears,
-    merged afterwards) or `all`. learning_rate: the peak, by default chosen for `train`. The best of the states
-    measured is kept, the starting one included. Masked weights stay zero. Matrix products run in bfloat16, losses
-    and updates in float32 (Adam, linear warm-up over a tenth of the steps, cosine decay, gradients clipped to
-    `clip`).
+    merged afterwards), `blocks` (every weight but those of the embeddings and the head, whose rare tokens a few steps
+    would only shake) or `all`. learning_rate: the peak, by default chosen for `train`. The best of the states measured
+    is kept, the starting one included. Masked weights stay zero. Matrix products run in bfloat16, losses and updates in
+    float32 (Adam, linear warm-up over a tenth of the steps, cosine decay, gradients clipped to `clip`).
     """
 
-    train: Literal["all", "norms", "lora"] = "norms"
+    train: Literal["all", "blocks", "norms", "lora"] = "norms"
     lora_rank: int = Field(16, ge=1)
 
     def check(self, facts: Facts) -> None:

@@ -140,13 +140,16 @@ def _recomputed(block: _Block, weights: Mapping[str, Tensor]) -> Any:
 
 
 def trained_tensors(model: Model, train: str) -> list[str]:
-    """Names of the tensors that training `norms`, `lora` or `all` changes; RecipeError if one is encoded."""
+    """Names of the tensors that training by `train` changes; RecipeError if one is encoded."""
     facts, names = model.facts, [name for name, _ in model.module.named_parameters()]
     if train == "norms":
         of_blocks = tuple(f".{norm}.weight" for norm in facts.architecture.norms)
         names = [n for n in names if n.endswith(of_blocks) or n == f"{facts.architecture.final_norm}.weight"]
     elif train == "lora":
         names = [f"{module}.weight" for module in facts.linears]
+    elif train == "blocks":
+        inside = (f"{facts.architecture.blocks}.", f"{facts.architecture.final_norm}.")
+        names = [n for n in names if n.startswith(inside)]
     for name in names:
         if name in model.encoded:
             raise RecipeError(
