@@ -61,11 +61,15 @@ class Block:
     @torch.inference_mode()
     def observe(self, callback: Observer) -> list[Tensor]:
         """Run the block over all hidden states and report the input of each group of linears; the states that leave."""
+        return self._watch(lambda names, X: callback(names, X.float()))
+
+    def _watch(self, callback: Observer) -> list[Tensor]:
+        """`observe`, with inputs as they are, mostly bfloat16."""
         hooks = []
         for names in self.stages:
 
             def report(_: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...] = names) -> None:
-                callback(names, inputs[0].flatten(0, -2).float())
+                callback(names, inputs[0].flatten(0, -2))
 
             hooks.append(self.linears[names[0]].register_forward_pre_hook(report))
         try:
@@ -228,7 +232,7 @@ def _observe_originals(block: Block, untouched: Block) -> list[Tensor]:
     def keep(names: tuple[str, ...], X: Tensor) -> None:
         block.originals.setdefault(names[0], []).append(X.bfloat16())
 
-    return untouched.observe(keep)
+    return untouched._watch(keep)
 
 
 class _Products(Sequence[Tensor]):
