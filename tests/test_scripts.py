@@ -65,7 +65,7 @@ def test_every_mutant_is_one_flipped_operator_that_still_parses(scripts):
     mutate = scripts["mutate"]
     for file in mutate.TESTS:
         text, found = (mutate.ROOT / file).read_text(), mutate.mutants(file)
-        assert len(found) > 20
+        assert len(found) > 5
         original = ast.dump(ast.parse(text))
         for mutant in found[::9]:
             changed = text[: mutant.start] + mutant.new + text[mutant.end :]
