@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import RecipeError
-from compress.families import ARCHITECTURES, ENCODERS, FULL, SLIDING, STACKED, Architecture, Encoder
+from compress.families import (
+    ARCHITECTURES,
+    CLASSIFYING_DECODERS,
+    ENCODERS,
+    FULL,
+    SLIDING,
+    STACKED,
+    Architecture,
+    Encoder,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Facts:
             "kv": kv_heads * head_size,
             "mlp": config.get(keys["mlp"]) or 4 * residual,  # GPT-2 leaves it out
         }
-        labels = _labels(config) if isinstance(arch, Encoder) else ()
+        labels = _labels(config) if classifies(config) else ()
         if isinstance(arch, Encoder):
             sizes |= {"positions": context, "types": config.get("type_vocab_size", 0), "labels": len(labels)}
             if arch.padded_positions:
@@ -109,7 +118,7 @@ class Facts:
             outside = {**self.architecture.outside, self.architecture.head: ("labels", "residual")}
             return found | {f"{name}.weight": (self.sizes[n], self.sizes[m]) for name, (n, m) in outside.items()}
         if not self.tied:
-            found[f"{self.architecture.head}.weight"] = (self.vocabulary, self.sizes["residual"])
+            found[f"{self.architecture.head}.weight"] = (len(self.labels) or self.vocabulary, self.sizes["residual"])
         return found
 
     @property
@@ -171,8 +180,13 @@ def classifies(config: Mapping[str, Any]) -> bool:
 def _architecture(config: Mapping[str, Any]) -> Architecture:
     """The table of a config's architecture; raises RecipeError for one that is not supported, or not with its head."""
     kind = config.get("model_type")
+    if classifies(config) and kind in CLASSIFYING_DECODERS:
+        if config.get("pad_token_id") is None:
+            raise RecipeError(f"{kind} finds a text's last token by pad_token_id, which is null; set it")
+        return CLASSIFYING_DECODERS[kind]
     if classifies(config) and kind not in ENCODERS:
-        raise RecipeError(f"a classifier of architecture {kind!r} is not supported; supported: {', '.join(ENCODERS)}")
+        known = ", ".join((*ENCODERS, *CLASSIFYING_DECODERS))
+        raise RecipeError(f"a classifier of architecture {kind!r} is not supported; supported: {known}")
     if kind in ENCODERS:
         if not classifies(config):
             found = ", ".join(config.get("architectures") or ["no head"])

@@ -142,7 +142,10 @@ def check_file(folder: Path, name: str, expected: str) -> None:
 
 
 def load(folder: Path, dtype: str = "float32") -> Model:
-    """Open an artifact exactly as it was saved: encodings, masks and float tensors."""
+    """Open an artifact exactly as it was saved: encodings, masks and float tensors, config and tokenizer.
+
+    Raises Corrupt where it is not: weights are compared by the model's digest, all else by that of the file.
+    """
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -153,6 +156,9 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     from compress.storage import materialize, unflatten
 
     facts = manifest(folder)
+    for name, expected in facts["files"].items():
+        if not name.endswith(".safetensors"):
+            check_file(folder, name, expected)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         module = auto_class(config.to_dict()).from_config(config, dtype=torch.float32)

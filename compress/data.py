@@ -27,6 +27,7 @@ APART: dict[Role, tuple[Role, ...]] = {
     "holdout": ("evaluation",),
     "evaluation": (),
 }
+_TESTS: tuple[Role, ...] = ("evaluation", "holdout")  # whose documents are evidence, and count once
 NGRAM = 13  # words; Brown et al. 2020, arXiv:2005.14165, appendix C, for train/test overlap
 BLOCK_CHARACTERS = 8192  # plain text is cut into blocks of about 2,048 English tokens
 
@@ -51,7 +52,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Split:
-    """The documents of one request, in seeded random order, and those dropped for overlapping evaluation."""
+    """The documents of one request, in seeded random order, and the ids of those dropped: overlaps and repetitions."""
 
     request: Request
     documents: tuple[Document, ...]
@@ -65,7 +66,9 @@ def split(requests: Sequence[Request], seed: int) -> list[Split]:
     A document's role and position follow from a hash of (seed, source, id) alone, so that a split does not
     change when documents are added. Calibration and selection documents that share a 13-gram of words with
     an evaluation or holdout document of the same source are dropped and listed, holdout documents that share one
-    with an evaluation document too; across sources an overlap is refused.
+    with an evaluation document too; across sources an overlap is refused. Shorter texts overlap where they are equal.
+    An evaluation or holdout document that repeats another one of its split, word by word, is dropped and listed: a
+    gate counts documents as independent evidence.
     Raises RecipeError for unknown, unreadable or empty sources, naming them.
     """
     by_source = {source: documents(source) for source in dict.fromkeys(r.source for r in requests)}
@@ -73,7 +76,7 @@ def split(requests: Sequence[Request], seed: int) -> list[Split]:
     tests = {
         (r.role, r.source): {g: d.id for d in assigned[r.source][r.role] for g in _ngrams(d.text)}
         for r in requests
-        if r.role in ("evaluation", "holdout")
+        if r.role in _TESTS
     }
 
     def apart_from(role: Role) -> dict[str, dict[int, str]]:
@@ -103,7 +106,10 @@ def _assign(source: str, docs: Sequence[Document], seed: int, roles: Sequence[Ro
 
 
 def _finish(request: Request, docs: Sequence[Document], evaluated: dict[str, dict[int, str]], seed: int) -> Split:
-    kept, dropped = list(docs), []
+    dropped: list[str] = []
+    if request.role in _TESTS:
+        docs, dropped = _distinct(docs)
+    kept = list(docs)
     if evaluated:
         kept = []
         own = evaluated.get(request.source, {})
@@ -113,7 +119,7 @@ def _finish(request: Request, docs: Sequence[Document], evaluated: dict[str, dic
             for source, theirs in others.items():
                 if shared := grams & theirs.keys():
                     raise RecipeError(
-                        f"{request.role} source {request.source}, document {doc.id!r} repeats {NGRAM} words of "
+                        f"{request.role} source {request.source}, document {doc.id!r} repeats {_words(doc.text)} of "
                         f"evaluation source {source}, document {theirs[min(shared)]!r}; remove one of them"
                     )
             if grams & own.keys():
@@ -128,9 +134,25 @@ def _finish(request: Request, docs: Sequence[Document], evaluated: dict[str, dic
     return Split(request, tuple(kept), tuple(dropped), sha.hexdigest())
 
 
+def _distinct(docs: Sequence[Document]) -> tuple[list[Document], list[str]]:
+    """The first of all documents with the same words, and the ids of the others."""
+    first: dict[str, Document] = {}
+    for doc in docs:
+        first.setdefault(" ".join(doc.text.lower().split()), doc)
+    kept = {doc.id for doc in first.values()}
+    return [*first.values()], [doc.id for doc in docs if doc.id not in kept]
+
+
 def _ngrams(text: str) -> set[int]:
+    """Hashes of all runs of `NGRAM` words; of a shorter text, of the whole."""
     words = text.lower().split()
-    return {_stable_hash(" ".join(words[i : i + NGRAM])) for i in range(len(words) - NGRAM + 1)}
+    return {_stable_hash(" ".join(words[i : i + NGRAM])) for i in range(max(1, len(words) - NGRAM + 1))}
+
+
+def _words(text: str) -> str:
+    """What such a hash stands for, in words."""
+    count = len(text.split())
+    return f"{NGRAM} words" if count >= NGRAM else f"all {count} words"
 
 
 def _stable_hash(text: str) -> int:

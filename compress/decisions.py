@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 # n* of the confidence sequence: a clear pass or fail needs 50 to 200 documents, and the bound stays within
 # 18 % of the best one for much larger samples.
 PLANNED = 200
+_ROUNDING = 1e-9  # by which a mean of metrics in [0, 1] may miss it
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ def compare(lower: float, upper: float, margin: float) -> Verdict:
 def combine(verdicts: Sequence[Verdict]) -> Verdict:
     """The verdict over checks: FAIL before INVALID before INCONCLUSIVE; PASS only if all pass.
 
-    No check at all is INVALID: nothing was proven.
+    No check at all is INVALID, as is what is no verdict of a check: nothing was proven.
     """
     order: tuple[Verdict, ...] = ("FAIL", "INVALID", "INCONCLUSIVE")
     for verdict in order:
         if verdict in verdicts:
             return verdict
-    return "PASS" if verdicts else "INVALID"
+    return "PASS" if {*verdicts} == {"PASS"} else "INVALID"
 
 
 def interval(losses: Floats, weights: Floats, rule: Rule) -> tuple[float, float, float]:
@@ -112,12 +113,16 @@ def decide(losses: Floats, weights: Floats, rule: Rule, identical: bool) -> Deci
 def decide_by_betting(losses: Floats, weights: Floats, rule: Rule, identical: bool) -> Decision:
     """The same for mean losses in [−1, 1] per cluster, exactly and at any n: see `compress.numerics.betting`.
 
-    Clusters count alike, whatever their weight. No flip at all is evidence here, not a lack of variance.
+    Clusters count alike, whatever their weight. No flip at all is evidence here, not a lack of variance. A loss outside
+    [−1, 1] is INVALID: no bet is fair on it.
     """
     if reason := _unusable(losses, weights):
         return Decision("INVALID", reason=reason)
     losses = losses / weights
     loss = float(losses.mean()) if len(losses) else math.nan
+    if (outside := np.abs(losses) > 1 + _ROUNDING).any():
+        return Decision("INVALID", loss, reason=f"{int(outside.sum())} losses lie outside [-1, 1]")
+    losses = losses.clip(-1, 1)
     if len(losses) < rule.minimum:
         return Decision("INCONCLUSIVE", loss)
     if identical and not losses.any():
@@ -142,8 +147,8 @@ def decide_by_census(losses: Floats, weights: Floats, rule: Rule, identical: boo
 
 def _unusable(losses: Floats, weights: Floats) -> str:
     """Why totals mean nothing, or an empty text."""
-    if not (np.isfinite(losses).all() and np.isfinite(weights).all()):
-        return f"{int((~np.isfinite(losses)).sum())} losses are not finite"
+    if not (finite := np.isfinite(losses) & np.isfinite(weights)).all():
+        return f"{int((~finite).sum())} losses are not finite"
     return "" if (weights > 0).all() else "an example has no scored position"
 
 

@@ -194,6 +194,10 @@ _ALL = (
     _GPT2,
 )
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _ALL}
+# The same bodies with a head for classes, which reads the final state of a text's last token.
+CLASSIFYING_DECODERS = {
+    name: replace(ARCHITECTURES[name], head="score") for name in ("llama", "mistral", "qwen2", "qwen3")
+}
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,8 @@ class Trial:
         alpha = (1 - check.confidence) / attempts
         self.check, self.data, self.model, self.reference = check, data, model, reference
         planned = max(1, min(self.limit, PLANNED))
-        least = max(check.minimum_examples, self.limit if check.statistic == "census" else 0)
+        fewest = 2 if check.statistic == "mean" else 1  # one loss alone has no variance
+        least = max(fewest, check.minimum_examples, self.limit if check.statistic == "census" else 0)
         self.rule = Rule(check.margin, alpha, alpha / k, planned, least)
         self.new: list[Score] = []
         self.old: list[Score] = []
@@ -197,8 +198,7 @@ class Trial:
         def scores(part: Documents) -> list[Score]:
             found: list[Score] = []
             for documents in batches(part.documents):
-                encode = self.check.encoder(self.reference)
-                batch = self.check.examples(replace(part, documents=documents), encode)
+                batch = self.check.examples(replace(part, documents=documents), self.check.encoder(self.reference))
                 found += cached_scores(self.check, self.reference, part, batch, cache)
             return found
 
@@ -402,7 +402,7 @@ def _match(scores: Sequence[Score], ids: Sequence[str], whose: str) -> None:
 
 def _exact(check: Evaluator, sizes: Sizes | None) -> CheckResult:
     """An exact check has no sampling error: its value is its own bound."""
-    if sizes is None:
+    if sizes is None or sizes.size_bytes < 1:  # False for NaN
         return _result(check, "files", Decision("INVALID", reason="no files were measured"))
     value = check.measure(sizes.size_bytes, sizes.bits_per_weight)
     verdict = compare(value, value, check.margin)
@@ -431,7 +431,7 @@ def _result(
         margin=check.margin,
         confidence=check.confidence,
         examples=len(new),
-        tokens=round(sum(s.weight for s in new)),
+        tokens=round(weight) if math.isfinite(weight := sum(s.weight for s in new)) else 0,
         verdict=decision.verdict,
         definition=check.definition + (f" Invalid here: {decision.reason}." if decision.reason else ""),
         details=check.details(new, old) if new else {},

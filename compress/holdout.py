@@ -8,12 +8,14 @@ however many there will be, pass a model that should not with a chance of at mos
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from compress import lock
-from compress.errors import RecipeError
+from compress.errors import Corrupt, RecipeError
 from compress.gate import GateResult
 from compress.interfaces import Documents, Evaluator
 from compress.recipe import Recipe
@@ -51,12 +53,19 @@ def checks(recipe: Recipe) -> tuple[list[Evaluator], list[str]]:
 def spend(store: Store, baseline: str, data: Documents, model: str, recipe: str) -> tuple[int, list[str]]:
     """Put a model on record as having seen the holdout; which use it is, from 1, and the recipes of those before.
 
-    baseline, model: digests. A model that is on record already uses nothing up: its verdict is known.
+    baseline, model: digests. A model that is on record already uses nothing up: its verdict is known. Documents are the
+    same whatever the source is called, their order and the length of windows. Raises Corrupt where the record is
+    damaged: who has seen them would be forgotten.
     """
-    key = key_of({"holdout": [data.source, data.digest, data.length], "baseline": baseline})
+    texts = hashlib.sha256(json.dumps(sorted(data.documents)).encode()).hexdigest()
+    key = key_of({"holdout": texts, "baseline": baseline})
     store.root.mkdir(parents=True, exist_ok=True)
     with lock.guarded(store.root):  # two runs that end at once are two uses
-        uses: list[dict[str, Any]] = store.get(key) or []
+        try:
+            uses: list[dict[str, Any]] = store.read(key) or []
+        except Corrupt as error:
+            problem = "who has seen this holdout cannot be told any more: take other documents, or remove that file"
+            raise Corrupt(f"{error}; {problem}") from None
         models = [use["model"] for use in uses]
         if model not in models:
             models.append(model)

@@ -98,11 +98,12 @@ def measure(
 
     Intervals are fixed-sample 95 % intervals over clusters, which for text are documents (linearized ratio):
     for reading, not for deciding. Those of a fixed set have no width.
-    Raises GateInconclusive where there is nothing finite to report.
+    Raises GateInconclusive where there is nothing finite to report, RecipeError where both models do not read the same
+    tokens.
     """
     scored = _Scored()
     total = windows or len(data.documents)
-    for batch in score_examples(evaluator, model, data, windows):
+    for batch in _paired_examples(evaluator, model, data, reference, windows):
         if evaluator.relative or (evaluator.statistic == "census" and reference is not None):
             scored.new += evaluator.score(model, batch, reference)
         else:
@@ -112,6 +113,21 @@ def measure(
         scored.clusters += [example.cluster for example in batch]
         progress(f"{evaluator.name} on {data.source}", min(1.0, len(set(scored.clusters)) / total))
     return _summary(evaluator, data.source, scored)
+
+
+def _paired_examples(
+    evaluator: Evaluator, model: LanguageModel, data: Documents, reference: LanguageModel | None, windows: int | None
+) -> Iterator[list[Example]]:
+    """Batches of examples, each as the reference's tokenizer sees it too: else unlike things would be compared."""
+    ours = score_examples(evaluator, model, data, windows)
+    if reference is None:
+        yield from ours
+        return
+    for batch, theirs in zip(ours, score_examples(evaluator, reference, data, windows), strict=True):
+        if batch != theirs:
+            problem = "the two models read other tokens, so that no loss between them means anything"
+            raise RecipeError(f"{evaluator.name} on {data.source}: {problem}; measure each without --against")
+        yield batch
 
 
 @dataclass
@@ -129,13 +145,15 @@ def _summary(evaluator: Evaluator, source: str, scored: _Scored) -> Metric:
     if not len(weights) or not weights.sum():
         raise GateInconclusive(f"{evaluator.name} on {source}: no token was scored; give longer documents")
     totals = by_cluster(scored.clusters, np.array([s.total for s in scored.new]))
-    if not np.isfinite(totals).all():
+    if not (np.isfinite(totals).all() and np.isfinite(weights).all()):
         raise GateInconclusive(f"{evaluator.name} on {source}: the model's scores are not finite")
     exact = evaluator.statistic == "census"  # a fixed set, looked at whole: no sampling error
     mean, half = _ratio(totals, weights, exact)
     against = None
     if scored.old:
         olds = by_cluster(scored.clusters, np.array([s.total for s in scored.old]))
+        if not np.isfinite(olds).all():
+            raise GateInconclusive(f"{evaluator.name} on {source}: the reference's scores are not finite")
         loss, half_loss = _ratio(totals - olds, weights, exact)
         against = {"loss": loss, "lower": loss - half_loss, "upper": loss + half_loss}
 

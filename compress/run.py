@@ -189,9 +189,8 @@ class _Work:
                 "versions": environment.step_versions(),
             }
         )
-        folder, made = bench.store.artifact(key), bench.store.get(f"{key}.made")
-        if folder is not None and made is not None:
-            return folder, {**made, "cached": True}
+        if (known := bench.store.made(key)) is not None:
+            return known[0], {**known[1], "cached": True}
         bench.reporter.say(f"{step.name} {_brief(step)}")
         started = time.monotonic()
         with bench.store.work(key) if step.recovers else nullcontext() as work:
@@ -214,7 +213,7 @@ class _Work:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "notes": context.notes,
         }
-        bench.store.put(f"{key}.made", made)
+        bench.store.remember(key, made)
         return folder, {**made, "cached": False}
 
     def _say_gate(self, label: str, gate: GateResult | None) -> None:

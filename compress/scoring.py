@@ -95,15 +95,16 @@ def cached_scores(
 
 
 def score_key(check: Evaluator, model: LanguageModel, data: Documents, batch: Sequence[Example]) -> str:
-    """Digest of all that a score depends on: evaluator, model, runtime, processor and examples."""
+    """Digest of all that a score depends on: evaluator and what it reads, model, runtime, processor and examples."""
     import platform
 
     import torch
 
     settings = check.model_dump(mode="json", exclude={"against", "confidence", "max_documents", *check.margin_fields})
     facts = {
-        "evaluator": [check.name, check.version, check.definition, settings],
-        "model": [model.digest, model.runtime, model.compute],
+        "evaluator": [check.name, check.version, check.definition, settings, check.reads()],
+        # What a model writes ends where these say; they are no weights, and a digest may leave them out.
+        "model": [model.digest, model.runtime, model.compute, sorted(model.eos_ids)],
         "host": [
             torch.__version__,
             torch.get_num_threads(),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LOADER_VERSION = 1  # raised when the same file would give other weights or another tokenization
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_TOKENIZERS = ["tokenizer.model", "vocab.txt"]  # beside tokenizer.json
+_TOKENIZERS = ["tokenizer.model", "vocab.txt", "merges.txt"]  # beside tokenizer.json
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", *_TOKENIZERS, "README.md"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
@@ -102,12 +102,18 @@ def digest(source: Source) -> str:
     sha = hashlib.sha256(f"{source.kind}:{LOADER_VERSION}".encode())
     files = [source.path] if source.path.is_file() else _folder_files(source.path)
     for file in files:
-        sha.update(f"{file.name}:{_file_digest(file, file.stat().st_mtime_ns, file.stat().st_size)}".encode())
+        sha.update(f"{file.name}:{_file_digest(file, _stamp(file))}".encode())
     return sha.hexdigest()
 
 
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What differs once a file was written or replaced, even by one of its size with the time of writing set back."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 @cache
-def _file_digest(path: Path, modified_ns: int, size: int) -> str:
+def _file_digest(path: Path, stamp: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -134,11 +140,11 @@ def facts(source: Source) -> Facts:
 
 def gguf_fields(path: Path) -> Mapping[str, Any]:
     """Metadata of a GGUF file by key, and its tensor types; raises Corrupt where it cannot be parsed."""
-    return _gguf_fields(path, path.stat().st_mtime_ns)
+    return _gguf_fields(path, _stamp(path))
 
 
 @cache  # some seconds for a large vocabulary, and asked for by facts, config and loader alike
-def _gguf_fields(path: Path, modified_ns: int) -> Mapping[str, Any]:
+def _gguf_fields(path: Path, stamp: tuple[int, ...]) -> Mapping[str, Any]:
     from gguf import GGUFReader
 
     try:
@@ -189,7 +195,12 @@ def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
     streaming: leave the blocks on disk until they are needed, one at a time; matrices of 16-bit floats count as
     stored in these. Raises RecipeError, NetworkError, UnsafeInput or Corrupt, each naming the file.
     """
-    source = download(resolve(spec))
+    return load_from(download(resolve(spec)), dtype, streaming)
+
+
+def load_from(source: Source, dtype: str = "float32", streaming: bool = False) -> Model:
+    """The same for files that were found, and downloaded, already."""
+    spec = source.spec
     if streaming and source.kind == "gguf":
         raise RecipeError(f"model {spec}: streaming reads a folder of safetensors, and this is a GGUF file")
     known = facts(source)  # an unsupported architecture is refused before any weight is read
@@ -205,7 +216,7 @@ def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
 def _folder_files(folder: Path) -> list[Path]:
     """Files that matter, sorted; refuses links out of the folder and pickled weights without safetensors."""
     kinds = (".safetensors", ".json", ".jinja", ".model")
-    files = sorted(p for p in folder.iterdir() if p.suffix in kinds or p.name == "vocab.txt")
+    files = sorted(p for p in folder.iterdir() if p.suffix in kinds or p.name in _TOKENIZERS)
     root = folder.resolve()
     hub_cache = root.parent.name == "snapshots"  # the hub's own cache links into its sibling blobs/
     for file in files:

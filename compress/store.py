@@ -1,7 +1,8 @@
 """The content-addressed cache of artifacts and records, shared by all runs of a user.
 
 Everything is named by what determines it, published whole or not at all, and checked when it is read: an
-entry whose bytes do not match its digest is set aside under `quarantine/` and computed anew.
+entry whose bytes do not match its digest, or that belongs to another key, is set aside under `quarantine/` and
+computed anew.
 """
 
 from __future__ import annotations
@@ -64,6 +65,24 @@ class Store:
             return None
         return folder
 
+    def made(self, key: str) -> tuple[Path, dict[str, Any]] | None:
+        """The artifact of a key and the record of its making, see `remember`; None where either is missing.
+
+        An artifact that is not the one on record, as whole as it may be, is set aside.
+        """
+        folder, facts = self.artifact(key), self.get(f"{key}.made")
+        if folder is None or facts is None:
+            return None
+        if facts["artifact"] != (found := artifact.digest(folder)):
+            problem = f"{folder}: artifact {found[:12]}…, and {facts['artifact'][:12]}… was made here"
+            self.quarantine(folder, Corrupt(problem))
+            return None
+        return folder, facts
+
+    def remember(self, key: str, facts: Mapping[str, Any]) -> None:
+        """Put on record how the artifact of a key was made, and which one it is."""
+        self.put(f"{key}.made", {**facts, "artifact": artifact.digest(self.artifact_path(key))})
+
     def find(self, digest: str) -> Path | None:
         """The artifact of a digest, as records of runs name them; None where it was removed or never was here."""
         for folder in (self.root / "artifacts").glob("*"):
@@ -112,29 +131,36 @@ class Store:
             path.rename(target.with_name(f"{target.name}.{os.getpid()}.{len(list(target.parent.iterdir()))}"))
 
     def get(self, key: str) -> Any | None:
-        """The record of a key, or None."""
+        """The record of a key, or None; one that is damaged is set aside."""
+        try:
+            return self.read(key)
+        except Corrupt as error:
+            self.quarantine(self._record(key), error)
+            return None
+
+    def read(self, key: str) -> Any | None:
+        """The record of a key, or None; raises Corrupt where it is not what was stored under this very key."""
         path = self._record(key)
         try:
             envelope = json.loads(path.read_text())
-            if envelope["sha256"] != _digest(envelope["value"]):
+            if envelope["sha256"] != _digest(key, envelope["value"]):
                 raise ValueError("digest differs")
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            self.quarantine(path, Corrupt(f"{path}: not what was stored ({error})"))
-            return None
+            raise Corrupt(f"{path}: not what was stored ({error})") from None
         return envelope["value"]
 
     def put(self, key: str, value: Any) -> None:
         """Keep a record, atomically."""
-        write_atomic(self._record(key), json.dumps({"sha256": _digest(value), "value": value}))
+        write_atomic(self._record(key), json.dumps({"sha256": _digest(key, value), "value": value}))
 
     def _record(self, key: str) -> Path:
         return self.root / "records" / key[:2] / f"{key}.json"
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _digest(key: str, value: Any) -> str:
+    return hashlib.sha256(json.dumps([key, value], sort_keys=True).encode()).hexdigest()
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -47,27 +47,41 @@ class Workbench:
     assays: dict[str, list[Assay]] = field(default_factory=dict)  # settings of a check → its assays
     noises: dict[str, list[Noise]] = field(default_factory=dict)  # settings of a check but its margin → its noise
     _open: dict[str, Model] = field(default_factory=dict)  # artifact path → model, the latest two
-    _recalled: Recalled | None = None  # of the baseline, which may be closed and opened again
+    _recalled: dict[str, Recalled] = field(default_factory=dict)  # by digest: a baseline is closed and opened again
 
     def open_baseline(self) -> Baseline:
-        """Open the recipe's model, or the store's copy of it, and measure its own figures."""
-        facts = {"baseline": source.digest(self.source), "versions": environment.step_versions()}
+        """Open the recipe's model, or the store's copy of it, and measure its own figures.
+
+        Raises Corrupt where its files changed while they were read: the copy would not be what its key says.
+        """
+        digest = source.digest(self.source)
+        facts: dict[str, Any] = {"baseline": digest, "versions": environment.step_versions()}
         key = key_of({**facts, "streaming": True} if self.recipe.streaming else facts)
-        folder = self.store.artifact(key)
-        if folder is None:
-            self.reporter.say(f"opening {self.recipe.model}")
-            model = source.load(self.recipe.model, self.recipe.dtype, self.recipe.streaming)
-            folder = self.store.save(model, key)
-            model.close()
-        self.baseline = folder
+        known = self.store.made(key)
+        self.baseline = known[0] if known else self._copy(key, digest)
         self._assay()  # first: it scores the documents of the baseline's figures
         self._measure_noise()
         return Baseline(
             model=self.recipe.model,
-            digest=artifact.digest(folder),
-            size_bytes=artifact.manifest(folder)["size_bytes"],
+            digest=artifact.digest(self.baseline),
+            size_bytes=artifact.manifest(self.baseline)["size_bytes"],
             metrics=[] if self._labels else [self._baseline_metric(documents) for documents in self.evaluation()],
         )
+
+    def _copy(self, key: str, digest: str) -> Path:
+        """A copy of the recipe's model in the store. digest: of its files, which they must still have in the end."""
+        self.reporter.say(f"opening {self.recipe.model}")
+        model = source.load_from(self.source, self.recipe.dtype, self.recipe.streaming)
+        folder = self.store.save(model, key)
+        same = artifact.manifest(folder)["model_digest"] == model.digest
+        model.close()
+        if source.digest(self.source) != digest or not same:
+            what = "files changed while they were read" if same else "copy in the store is of another model"
+            error = Corrupt(f"model {self.recipe.model}: its {what}; run again")
+            self.store.quarantine(folder, error)
+            raise error
+        self.store.remember(key, {})
+        return folder
 
     @property
     def _labels(self) -> tuple[str, ...]:
@@ -159,7 +173,8 @@ class Workbench:
                 self.store.quarantine(folder, error)
                 raise
             if folder == self.baseline:  # every gate asks it for the same documents
-                self._recalled = self._open[name].recalled = self._recalled or Recalled()
+                opened = self._open[name]
+                opened.recalled = self._recalled.setdefault(opened.digest, Recalled())
         return self._open[name]
 
     def close(self) -> None:

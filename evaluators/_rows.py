@@ -67,10 +67,11 @@ def rows(path: Path, wanted: str, key: str = "id") -> Iterator[tuple[str, str, d
 
 
 def once(where: str, text: str, seen: dict[str, str], what: str, remedy: str) -> None:
-    """Raises RecipeError for a text that an earlier row has: examples count as independent evidence."""
-    if text in seen:
-        raise RecipeError(f"{where}: repeats the {what} of line {seen[text]}; {remedy}")
-    seen[text] = where.rpartition(":")[2]
+    """Raises RecipeError for a text that an earlier row has, but for blanks: examples count as independent evidence."""
+    words = " ".join(text.split())
+    if words in seen:
+        raise RecipeError(f"{where}: repeats the {what} of line {seen[words]}; {remedy}")
+    seen[words] = where.rpartition(":")[2]
 
 
 def documents(source: str, found: Mapping[str, str], salt: str = "") -> Documents:

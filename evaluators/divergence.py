@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from compress.errors import GateInconclusive
 from compress.interfaces import Example, LanguageModel, Score
 from evaluators._windows import WindowEvaluator, flatten
 
@@ -41,12 +42,16 @@ class Divergence(WindowEvaluator):
     ) -> list[Score]:
         """Summed KL in nats per document, and the values per token; row t is about token t + 1.
 
-        The last row of a window predicts a token that is not scored, and is left out as in perplexity.
+        The last row of a window predicts a token that is not scored, and is left out as in perplexity. Raises
+        GateInconclusive for vocabularies of other sizes.
         """
         from compress.numerics.divergence import divergence
 
         if reference is None:
             raise TypeError("divergence compares with a reference model, and none was given")
+        if model.vocabulary_size != reference.vocabulary_size:
+            sizes = f"{model.vocabulary_size} and the reference's {reference.vocabulary_size}"
+            raise GateInconclusive(f"vocabularies of {sizes} tokens do not compare")
         windows = flatten(model, batch)
         pairs = zip(reference.logits(windows), model.logits(windows), strict=True)
         scores = []

@@ -13,13 +13,15 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from compress.architectures import classifies
+from compress.classifier import Classifier, auto_class
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt
 from compress.model import Model
 
 
-class TransformersModel(Model):
-    """A model whose weights compressed-tensors has decompressed."""
+class _Decompressed(Model):
+    """What models have in common whose weights compressed-tensors has decompressed."""
 
     kinds: str = "float32"
 
@@ -37,12 +39,20 @@ class TransformersModel(Model):
         return f"{self.kinds} weights, {self.dtype} products"
 
 
-def open_checkpoint(path: Path) -> TransformersModel:
+class TransformersModel(_Decompressed):
+    """A language model of this kind."""
+
+
+class TransformersClassifier(_Decompressed, Classifier):
+    """One with a head for classes."""
+
+
+def open_checkpoint(path: Path) -> _Decompressed:
     """Open a folder with `from_pretrained`, and let compressed-tensors decompress it; raises Corrupt."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         with contextlib.redirect_stderr(io.StringIO()), torch.inference_mode():  # progress bars of both libraries
-            module, report = AutoModelForCausalLM.from_pretrained(
+            module, report = auto_class(config).from_pretrained(
                 path, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
             if wrong := [name for kind in ("missing_keys", "mismatched_keys") for name in report[kind]]:
@@ -51,7 +61,8 @@ def open_checkpoint(path: Path) -> TransformersModel:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise Corrupt(f"{path}: transformers cannot open it ({str(error).splitlines()[0]})") from error
-    model = TransformersModel(module, tokenizer, name=path.name)
+    kind = TransformersClassifier if classifies(config) else TransformersModel
+    model = kind(module, tokenizer, name=path.name)
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
     kinds = sorted({f"int{g['weights']['num_bits']}" for g in groups})
     model.kinds = " + ".join([*kinds, "float32"])

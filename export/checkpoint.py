@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from compress.architectures import Facts
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
-from compress.families import ARCHITECTURES
+from compress.families import ARCHITECTURES, Encoder
 from compress.interfaces import Exporter, LanguageModel
 from export import _gptq
 
@@ -81,15 +81,17 @@ class Checkpoint(Exporter):
         return f"gptq has one encoding for all linears, and {a} is {one}, {b} {other}; use format: compressed-tensors"
 
     def check(self, facts: Facts) -> None:
-        """Refuse classifiers, where compressed-tensors is missing, and shapes that fill no words of gptq's layout."""
-        if facts.labels:
-            kind = facts.architecture.model_type
-            raise RecipeError(f"checkpoint holds language models, and {kind} here tells classes apart; export to onnx")
+        """Refuse encoders, where compressed-tensors is missing, and what gptq's layout has no words for."""
+        kind = facts.architecture.model_type
+        if isinstance(facts.architecture, Encoder):
+            raise RecipeError(f"checkpoint holds decoders, and {kind} here tells classes apart; export to onnx")
+        if facts.labels and self.format == "gptq":
+            problem = f"is for language models, and {kind} here tells classes apart; use format: compressed-tensors"
+            raise RecipeError(f"checkpoint: gptq {problem}")
         if self.format == "compressed-tensors":
             _require_package()
             return
         if facts.architecture.transposed:
-            kind = facts.architecture.model_type
             raise RecipeError(f"checkpoint: gptq has no layout for the linears of a {kind}; export to gguf or onnx")
         for name, (n, m) in facts.linears.items():
             if n % _gptq.WORDS or m % _gptq.WORDS:
@@ -131,7 +133,8 @@ class Checkpoint(Exporter):
         elif schemes:
             config["quantization_config"] = _quantization_config(schemes)
         (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        model.module.generation_config.to_json_file(out / "generation_config.json")
+        if not model.labels:
+            model.module.generation_config.to_json_file(out / "generation_config.json")
         model.tokenizer.save_pretrained(out)
 
     def open(self, path: Path) -> LanguageModel:

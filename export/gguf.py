@@ -126,6 +126,8 @@ class Gguf(Exporter):
         kind = facts.architecture.model_type
         if kind not in DIALECTS:
             raise RecipeError(f"gguf cannot write architecture {kind!r}; known: {', '.join(DIALECTS)}")
+        if facts.labels:
+            raise RecipeError(f"gguf holds language models, and {kind} here tells classes apart; export to checkpoint")
         if facts.rope != "default":
             raise RecipeError(f"gguf: rope scaling {facts.rope!r} is not written yet; export to onnx instead")
         dialect = DIALECTS[kind]

@@ -25,6 +25,7 @@ from pydantic import model_validator
 
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, RecipeError, ResourceExhausted, disk_full
+from compress.families import Encoder
 from compress.interfaces import Exporter, LanguageModel
 from compress.rounding import CacheRounding, InputRounding
 
@@ -107,6 +108,9 @@ class Onnx(Exporter):
     def check(self, facts: Facts) -> None:
         """Refuse what the builder, the runtime or our graph gets wrong, and a missing runtime."""
         _require_packages(self.flavour)
+        if facts.labels and not isinstance(facts.architecture, Encoder):
+            kind = facts.architecture.model_type
+            raise RecipeError(f"onnx has no graph of a {kind} that tells classes apart; export to checkpoint")
         if self.flavour == "portable":
             _check_portable(facts)
             return

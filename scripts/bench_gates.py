@@ -284,7 +284,7 @@ def cost() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cost", action="store_true", help="instead: tokens that clear cases take, in a minute or two")
+    parser.add_argument("--cost", action="store_true", help="instead: tokens that clear cases take, in some minutes")
     parser.add_argument("--scores", type=Path, default=Path("scores.json"))
     parser.add_argument("--documents", type=int, default=600)
     parser.add_argument("--clusters", type=int, default=600)

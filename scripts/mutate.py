@@ -24,7 +24,15 @@ TESTS: dict[str, tuple[str, ...]] = {  # the likeliest to notice first
     "compress/numerics/sequences.py": ("tests/numerics/test_sequences.py", "tests/test_decisions.py"),
     "compress/numerics/betting.py": ("tests/numerics/test_betting.py", "tests/test_decisions.py"),
     "compress/decisions.py": ("tests/test_decisions.py", "tests/numerics/test_betting.py"),
-    "compress/gate.py": ("tests/test_gate_bounds.py", "tests/test_gate.py", "tests/test_gate_cost.py"),
+    "compress/gate.py": (
+        "tests/test_gate_bounds.py",
+        "tests/test_gate_integrity.py",
+        "tests/test_gate.py",
+        "tests/test_gate_cost.py",
+    ),
+    "compress/noise.py": ("tests/test_noise.py",),
+    "compress/holdout.py": ("tests/test_holdout.py",),
+    "compress/numerics/paired.py": ("tests/numerics/test_paired.py",),
 }
 OTHERS: dict[type[ast.AST], tuple[str, ...]] = {
     ast.Lt: (">=", "<="),
@@ -189,6 +197,7 @@ def _run_tests(tree: Path, tests: Sequence[str], seconds: int) -> None:
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True  # a mutant of the same second and size would be taken for the one before
     quiet = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # torch is loaded
+    quiet.append("--hypothesis-profile=ci")  # no deadline: on a busy machine, one would pass for a mutant killed
     code = pytest.main([*quiet, *tests])
     os._exit(int(code))
 

@@ -73,7 +73,7 @@ def test_the_table_names_every_matrix_and_every_linear_of_the_blocks(kind: str) 
     [
         ({"architectures": ["BertForMaskedLM"]}, "supported with a head for classes .* not as BertForMaskedLM"),
         ({"architectures": None}, "not as no head"),
-        ({"model_type": "llama"}, "a classifier of architecture 'llama' is not supported; supported: bert, roberta"),
+        ({"model_type": "gemma"}, "a classifier of architecture 'gemma' is not supported; supported: bert, roberta"),
         ({"id2label": {"0": "score"}}, "one of several classes is supported, and this one has 1 outputs"),
         ({"problem_type": "multi_label_classification"}, "3 outputs for multi_label_classification"),
         ({"is_decoder": True}, "only encoders with absolute positions"),

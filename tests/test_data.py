@@ -32,7 +32,10 @@ def test_splits_are_disjoint_seeded_and_cover_the_source():
 
 def test_a_source_with_one_role_is_used_whole():
     (part,) = split([Request("evaluation", "pydoc")], 0)
-    assert len(part.documents) == len(data.documents("pydoc"))
+    found = data.documents("pydoc")
+    texts = {d.id: d.text for d in found}
+    assert {d.id for d in part.documents} | {*part.dropped} == texts.keys()
+    assert len(part.documents) == len({*texts.values()})  # some of its topics have one text
 
 
 def test_overlap_within_a_source_is_dropped_and_listed(tmp_path):
@@ -42,6 +45,34 @@ def test_overlap_within_a_source_is_dropped_and_listed(tmp_path):
     calibration, evaluation = split([Request("calibration", source), Request("evaluation", source)], 0)
     grams = set().union(*(data._ngrams(d.text) for d in evaluation.documents))
     assert calibration.dropped and not any(data._ngrams(d.text) & grams for d in calibration.documents)
+
+
+def test_short_texts_overlap_where_they_are_equal(tmp_path):
+    rows = [{"id": f"d{i}{half}", "text": f"Question {i}  is short"} for i in range(60) for half in "ab"]
+    rows += [{"id": f"other{i}", "text": f"question {i} is short, too"} for i in range(60)]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    calibration, evaluation = split([Request("calibration", source), Request("evaluation", source)], 0)
+    asked = [d.text for d in evaluation.documents]
+    assert calibration.dropped and not {d.text for d in calibration.documents} & {*asked}
+    assert all(name.startswith("d") for name in calibration.dropped)  # a text that begins like another one is not equal
+    a = write_rows(tmp_path / "b.jsonl", [{"id": "left", "text": "the same"}])
+    b = write_rows(tmp_path / "c.jsonl", [{"id": "right", "text": "The  same"}])
+    with pytest.raises(RecipeError, match=r"'left' repeats all 2 words of .*'right'"):
+        split([Request("calibration", a), Request("evaluation", b)], 0)
+
+
+@pytest.mark.parametrize("role", ["evaluation", "holdout"])
+def test_a_text_is_evidence_once(tmp_path, role):
+    rows = [{"id": f"d{i}", "text": text(f"w{i % 20}x") + ("\n" if i % 2 else " ")} for i in range(60)]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    (part,) = split([Request(role, source)], 0)
+    assert len(part.documents) == len({d.text.strip() for d in part.documents}) == 20 and len(part.dropped) == 40
+    assert {d.id for d in part.documents} | {*part.dropped} == {row["id"] for row in rows}
+    (calibration,) = split([Request("calibration", source)], 0)
+    assert len(calibration.documents) == 60 and not calibration.dropped  # it is no evidence
+    once = write_rows(tmp_path / "a.jsonl", [row for row in rows if row["id"] not in part.dropped])
+    (again,) = split([Request(role, once)], 0)
+    assert again.digest == part.digest  # what is left out decides nothing
 
 
 def test_overlap_across_sources_names_both_rows(tmp_path):

@@ -61,6 +61,8 @@ def test_combine():
     assert combine(["PASS", "INCONCLUSIVE"]) == "INCONCLUSIVE"
     assert combine(["INCONCLUSIVE", "INVALID", "PASS"]) == "INVALID"
     assert combine(["INVALID", "PASS", "FAIL", "INCONCLUSIVE"]) == "FAIL"
+    for odd in ("UNGATED", "pass", "", None):  # what is no verdict proves nothing, wherever it came from
+        assert combine([odd]) == combine(["PASS", odd]) == "INVALID"
 
 
 def sample(n, loss, seed=0, spread=0.05):
@@ -273,6 +275,19 @@ def test_betting_decides_at_its_minimum_and_not_before():
     assert before.verdict == "INCONCLUSIVE" and math.isnan(before.upper) and before.loss < 0
     assert at.verdict == "PASS" and at.lower < at.loss < at.upper <= 0.5
     assert decide_by_betting(lost[:0], np.ones(0), rule, identical=False).verdict == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize("beyond", [1.001, -1.001, 5.0])
+def test_losses_on_which_no_bet_is_fair_are_invalid(beyond):
+    rule, losses = replace(RULE, margin=0.5), np.full(60, -1.0)
+    assert decide_by_betting(losses, np.ones(60), rule, identical=False).verdict == "PASS"
+    for n in (60, 40):  # before the minimum, too
+        spoilt = losses[:n].copy()
+        spoilt[0] = beyond
+        found = decide_by_betting(spoilt, np.ones(n), rule, identical=False)
+        assert found.verdict == "INVALID" and found.reason == "1 losses lie outside [-1, 1]"
+    spoilt[0] = math.nextafter(1.0, 2)  # a mean of metrics, rounded
+    assert decide_by_betting(np.append(spoilt, losses[:20]), np.ones(60), rule, False).verdict == "PASS"
 
 
 def test_identical_weights_excuse_answers_without_flips_alone():

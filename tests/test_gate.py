@@ -235,8 +235,10 @@ def test_exact_checks_compare_sizes(baseline, near, size, verdict):
     assert check.value == check.loss == check.upper or verdict == "INVALID"
 
 
-def test_exact_checks_without_files_are_invalid(baseline, near):
-    assert gate(Footprint(max_mb=80)).evaluate(near, baseline, []).verdict == "INVALID"
+@pytest.mark.parametrize("sizes", [None, Sizes(0, 4.5), Sizes(-1, 4.5)])
+def test_exact_checks_without_files_are_invalid(baseline, near, sizes):
+    check = gate(Footprint(max_mb=80)).evaluate(near, baseline, [], sizes=sizes).checks[0]
+    assert check.verdict == "INVALID" and "no files were measured" in check.definition
 
 
 def test_exact_checks_take_no_share_of_the_error(baseline, near):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress.model import Model
 from compress.scoring import Memo, batches, cached_scores, score_key
 from evaluators.perplexity import Perplexity
 from tests.test_gate import DIVERGENCE, PERPLEXITY, Store, gate
@@ -108,6 +109,7 @@ def test_the_key_of_a_score_holds_all_that_it_depends_on(baseline, near):
     others = [
         score_key(DIVERGENCE, baseline, data, batch),
         score_key(PERPLEXITY, near, data, batch),
+        score_key(PERPLEXITY, Model(baseline.module, baseline.tokenizer, "bfloat16"), data, batch),
         score_key(PERPLEXITY, baseline, replace(data, digest="other"), batch),
         score_key(PERPLEXITY, baseline, replace(data, length=32), batch),
         score_key(PERPLEXITY, baseline, data, batch[:1]),
@@ -118,6 +120,27 @@ def test_the_key_of_a_score_holds_all_that_it_depends_on(baseline, near):
     others.append(score_key(PERPLEXITY, baseline, data, batch))
     torch.set_num_threads(threads)
     assert len({key, *others}) == 1 + len(others)
+
+
+def test_scores_of_before_a_change_of_what_is_read_or_of_what_ends_a_text_are_not_used(baseline):
+    data = documents(2)
+    batch = PERPLEXITY.examples(data, baseline.encode)
+    key, beside = score_key(PERPLEXITY, baseline, data, batch), ["a judge"]
+
+    class Judged(Perplexity):
+        def reads(self):
+            return beside[0]
+
+    judged = Judged(max_increase="5%")
+    first = score_key(judged, baseline, data, batch)
+    beside[0] = "another judge in its place"
+    assert len({key, first, score_key(judged, baseline, data, batch)}) == 3
+    twin = tiny_model()
+    twin.module.generation_config.eos_token_id = [7, 3]
+    assert twin.digest == baseline.digest  # the weights are the same, and what it writes is not
+    ends = score_key(PERPLEXITY, twin, data, batch)
+    twin.module.generation_config.eos_token_id = [3, 7]
+    assert ends == score_key(PERPLEXITY, twin, data, batch) != key
 
 
 @given(st.lists(st.integers(0, 12_000), max_size=60))

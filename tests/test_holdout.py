@@ -7,7 +7,7 @@ import pytest
 from compress import data, holdout, recipe, run
 from compress.data import Request, split
 from compress.decisions import PLANNED
-from compress.errors import RecipeError
+from compress.errors import Corrupt, RecipeError
 from compress.interfaces import Documents
 from compress.numerics.sequences import mixture_variance, width
 from compress.plan import describe, evaluation, requests
@@ -64,9 +64,34 @@ def test_each_model_is_put_on_record_once(tmp_path):
     assert holdout.spend(store, "base", HELD, "m2", "second") == (2, ["first"])
     assert holdout.spend(store, "base", HELD, "m1", "first") == (1, [])  # the same model again learns nothing new
     assert holdout.spend(Store(tmp_path), "base", HELD, "m3", "second") == (3, ["first", "second"])
-    other = Documents("wiki", HELD.documents, "another", 512)
+    other = Documents("wiki", [("a", "another text")], "digest", 512)
     assert holdout.spend(store, "base", other, "m3", "second") == (1, [])
     assert holdout.spend(store, "another baseline", HELD, "m3", "second") == (1, [])
+
+
+def test_the_same_texts_are_no_fresh_holdout_whatever_they_are_called(tmp_path):
+    store, texts = Store(tmp_path), [("a", "one"), ("b", "two")]
+    holdout.spend(store, "base", Documents("wiki", texts, "digest", 512), "m1", "first")
+    for i, again in enumerate(
+        (
+            Documents("wiki", texts, "of another length of windows", 256),
+            Documents("wiki", texts[::-1], "in another order", 512),
+            Documents("file:copy.jsonl", texts, "elsewhere", 512),
+        )
+    ):
+        assert holdout.spend(store, "base", again, f"m{i + 2}", "next")[0] == i + 2
+
+
+def test_a_damaged_record_is_no_fresh_holdout(tmp_path):
+    store = Store(tmp_path)
+    holdout.spend(store, "base", HELD, "m1", "first")
+    (record,) = (store.root / "records").rglob("*.json")
+    record.write_text(record.read_text().replace("m1", "m0"))
+    for _ in range(2):  # it stays where it is
+        with pytest.raises(Corrupt, match="who has seen this holdout cannot be told any more: take other documents"):
+            holdout.spend(store, "base", HELD, "m2", "second")
+    record.unlink()
+    assert holdout.spend(store, "base", HELD, "m2", "second") == (1, [])
 
 
 def test_all_uses_together_keep_the_error(tmp_path):

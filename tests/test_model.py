@@ -1,6 +1,7 @@
 """The torch model, the sources it opens from, the channel permutation, and artifacts."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -170,6 +171,16 @@ def test_a_changed_code_does_not_load(compressed, tmp_path):
         artifact.load(tmp_path / "a")
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_file_beside_the_weights_that_changed_does_not_load(compressed, tmp_path, name):
+    """What ends a text and how one is read decide scores as weights do."""
+    artifact.save(compressed, tmp_path / "a")
+    file = tmp_path / "a" / name
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(Corrupt, match=f"{name}: sha256 .*, expected "):
+        artifact.load(tmp_path / "a")
+
+
 def saved_folder(path):
     model = tiny_model()
     model.module.save_pretrained(path)
@@ -185,6 +196,20 @@ def test_a_folder_opens_as_it_was_saved(tmp_path):
     first = source.digest(source.resolve(str(tmp_path)))
     config = json.loads((tmp_path / "config.json").read_text()) | {"rope_theta": 1.0}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    assert (second := source.digest(source.resolve(str(tmp_path)))) != first
+    (tmp_path / "merges.txt").write_text("a b\n")  # which some tokenizers are made of
+    assert source.digest(source.resolve(str(tmp_path))) != second
+
+
+def test_a_file_with_its_time_set_back_is_another_file(tmp_path):
+    saved_folder(tmp_path)
+    path = tmp_path / "model.safetensors"
+    first, stat, data = source.digest(source.resolve(str(tmp_path))), path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     assert source.digest(source.resolve(str(tmp_path))) != first
 
 

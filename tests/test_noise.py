@@ -1,14 +1,28 @@
 """The noise floor: identical weights, asked otherwise."""
 
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from compress.gate import CheckResult, Gate
+from compress.interfaces import Score
 from compress.model import Model
-from compress.noise import DOCUMENTS, Noise, above_decoding, applies, measure, otherwise, refusal, settings
+from compress.noise import (
+    DOCUMENTS,
+    Alone,
+    Noise,
+    _Pair,
+    above_decoding,
+    applies,
+    measure,
+    otherwise,
+    refusal,
+    settings,
+)
 from compress.scoring import Memo
 from evaluators.accuracy import Accuracy
 from evaluators.divergence import Divergence
@@ -41,7 +55,7 @@ def noise_of(check, model, data=None) -> Noise:
 def test_float32_leaves_less_than_float32_resolves(exact):
     for check in (PERPLEXITY, DIVERGENCE):
         found = noise_of(check, exact)
-        assert found.examples >= DOCUMENTS and abs(found.loss) < 1e-6
+        assert found.examples == DOCUMENTS and abs(found.loss) < 1e-6
         assert not refusal(check, found)
 
 
@@ -97,6 +111,41 @@ def test_the_floor_counts_what_chance_does_not_explain(loss, lower, upper, floor
     assert found.floor == floor
 
 
+@pytest.mark.parametrize("check", [PERPLEXITY, Accuracy(tasks=("minimal_pairs",), max_drop=3.0)], ids=["mean", "bets"])
+def test_the_interval_is_that_of_a_ratio_over_clusters(check):
+    losses, weights = [0.2, 0.1, -0.3, 0.6], [2.0, 1.0, 4.0, 3.0]
+    scores = [Score(str(i), 0.0, weight) for i, weight in enumerate(weights)]
+    found = _Pair(check, documents(1), losses, scores, ["a", "a", "b", "c"]).noise()
+    pairs = [(0.2 + 0.1, 3.0), (-0.3, 4.0), (0.6, 3.0)]
+    if check is not PERPLEXITY:  # clusters count alike
+        pairs = [(loss / weight, 1.0) for loss, weight in pairs]
+    loss, total = (sum(column) for column in zip(*pairs))
+    loss /= total
+    half = 1.959964 * statistics.stdev(x - loss * w for x, w in pairs) / (total / 3 * math.sqrt(3))
+    assert (found.loss, found.lower, found.upper) == pytest.approx((loss, loss - half, loss + half))
+    assert found.examples == 4
+
+
+def test_a_single_cluster_explains_nothing():
+    found = _Pair(PERPLEXITY, documents(1), [0.2], [Score("0", 0.0, 3.0)], ["a"]).noise()
+    assert (found.lower, found.upper, found.floor) == (-math.inf, math.inf, 0.0)
+    assert _Pair(PERPLEXITY, documents(1)).noise() is None
+
+
+def test_each_window_is_asked_alone_on_another_number_of_threads(exact):
+    seen = []
+    handle = exact.module.base_model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    try:
+        for usual in (1, 2, 3):
+            torch.set_num_threads(usual)
+            assert [len(rows) for rows in Alone(exact).logits([(1, 2), (3, 4, 5)])] == [2, 3]
+            assert torch.get_num_threads() == usual
+    finally:
+        torch.set_num_threads(1)
+        handle.remove()
+    assert seen == [2, 2, 1, 1, 1, 1]
+
+
 def test_scores_that_are_not_finite_refuse_every_margin(exact):
     found = noise_of(PERPLEXITY, Padded(exact, math.nan))
     assert refusal(PERPLEXITY, found)
@@ -130,10 +179,23 @@ def test_text_checks_share_a_pass_and_scores_come_from_the_cache(exact):
     assert again < first and len(cache) > 0
 
 
+class Writing(Perplexity):
+    """Lets the model write."""
+
+    @property
+    def written(self):
+        return 5
+
+
 def test_what_rounding_cannot_move_is_left_out(exact):
-    left_out = [Footprint(max_mb=1), Latency(max_ratio=0.5), Generation(max_collapsed=0.1)]
-    assert not any(map(applies, left_out))
-    assert measure(left_out, exact, [documents(60)]) == [[], [], []]
+    left_out = [
+        Footprint(max_mb=1),
+        Latency(max_ratio=0.5),
+        Generation(max_collapsed=0.1),
+        Writing(max_increase="5%"),
+    ]
+    assert not any(map(applies, left_out)) and applies(PERPLEXITY)
+    assert measure(left_out, exact, [documents(60)]) == [[], [], [], []]
 
 
 def test_settings_leave_the_margin_out():

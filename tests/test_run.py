@@ -3,18 +3,20 @@
 import json
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from compress import lock, run
+from compress import artifact, lock, run, source
 from compress import recipe as recipes
-from compress.errors import Locked, RecipeError
+from compress.errors import Corrupt, Locked, RecipeError
 from compress.record import RunRecord
 from compress.report import summary_lines
 from compress.store import Store
-from compress.workbench import Reporter
+from compress.workbench import Reporter, Workbench
 from evaluators.divergence import Divergence
 from tests.export.test_gguf import tiny
 from tests.tiny import WORDS
@@ -292,3 +294,47 @@ def test_a_selection_that_fills_no_window_costs_the_layer_errors_alone(place, st
     assert record.status == "passed" and record.steps[0].layer_errors == {}
     (line,) = (line for line in said if "layer errors" in line)
     assert "are not measured: selection source file:" in line and "tokens fill no window of 32" in line
+
+
+def test_a_model_swapped_while_it_is_opened_is_not_kept_as_the_one_before(place, tmp_path):
+    other, home = tmp_path / "other", Store(tmp_path / "home")
+    shutil.copytree(place / "model", tmp_path / "model")
+    tiny(seed=1).module.save_pretrained(other)
+    recipe = load(place, f"[{{{INT8}}}]", overrides=(f"model={tmp_path / 'model'}",))
+
+    def swap(line: str) -> None:
+        if line.startswith("opening"):
+            os.replace(other / "model.safetensors", tmp_path / "model" / "model.safetensors")
+
+    with pytest.raises(Corrupt, match="its files changed while they were read; run again"):
+        run.apply(recipe, tmp_path / "run", home, Reporter(say=swap))
+    assert not list((home.root / "artifacts").iterdir())
+    record, _ = run.apply(recipe, tmp_path / "run", home)
+    assert record.status == "passed"
+    kept = artifact.load(home.find(record.baseline.digest)).parameter("model.embed_tokens.weight")
+    assert torch.equal(kept, tiny(seed=1).parameter("model.embed_tokens.weight"))
+
+
+def test_a_baseline_swapped_in_the_store_is_made_anew(place, tmp_path):
+    """The compressed model in the baseline's place would find no loss in itself."""
+    home = Store(tmp_path / "home")
+    first, _ = run.apply(load(place, f"[{{{INT8}}}]"), tmp_path / "a", home)
+    baseline, step = home.find(first.baseline.digest), home.find(first.steps[0].digest)
+    shutil.rmtree(baseline)
+    shutil.copytree(step, baseline)
+    again, _ = run.apply(load(place, f"[{{{INT4}}}]"), tmp_path / "b", home)
+    assert again.status == "failed" and again.baseline == first.baseline
+    assert [p.name.split(".")[0] for p in (home.root / "quarantine").iterdir()] == [baseline.name]
+
+
+def test_states_are_recalled_for_the_very_same_weights_alone(place, tmp_path):
+    recipe, folder = load(place, f"[{{{INT8}}}]"), tmp_path / "baseline"
+    bench = Workbench(recipe, Store(tmp_path), Reporter(), source.resolve(recipe.model), [], baseline=folder)
+    artifact.save(tiny(), folder)
+    first = bench.model(folder).recalled
+    bench.close()
+    assert first is not None and bench.model(folder).recalled is first
+    bench.close()
+    shutil.rmtree(folder)
+    artifact.save(tiny(seed=1), folder)
+    assert bench.model(folder).recalled is not first

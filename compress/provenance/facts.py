@@ -14,7 +14,6 @@ from compress.interfaces import Exporter, Plugin
 from compress.lineage import Lineage
 from compress.recipe import Recipe
 from compress.record import ExportRecord, RunRecord, StepRecord
-from compress.rounding import CacheRounding
 from compress.source import Source
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ def of_run(
     timed = {c.name for entry in recipe.export for c in entry.gate if c.timed}
     base = {"source": baseline.model, "files": source.digest(origin), "digest": baseline.digest}
     return {
-        **_artifact(exporter, known["name"], made.size_bytes, made.bits_per_weight, known["parameters"], cache),
-        "task": _task(source.facts(origin).labels),
+        **_artifact(exporter, known["name"], made.size_bytes, made.bits_per_weight, known["parameters"]),
+        **_task(source.facts(origin).labels, exporter.usage_of(cache)),
         "runtime": made.runtime,
         "compute": made.compute,
         "base_model": {**base, "bytes": baseline.size_bytes, **_described(lineage.of(origin))},
@@ -58,8 +57,8 @@ def of_model(
 ) -> dict[str, Any]:
     """An artifact that no gate has looked at."""
     return {
-        **_artifact(exporter, model.name, size_bytes, bits, model.facts.parameters, model.cache),
-        "task": _task(model.labels),
+        **_artifact(exporter, model.name, size_bytes, bits, model.facts.parameters),
+        **_task(model.labels, exporter.usage_of(model.cache)),
         "runtime": exporter.runtime,
         "compute": None,
         "base_model": {"source": spec, **_described(known)},
@@ -72,15 +71,12 @@ def of_model(
     }
 
 
-def _artifact(
-    exporter: Exporter, name: str, size_bytes: int, bits: float, parameters: int, cache: CacheRounding | None
-) -> dict[str, Any]:
+def _artifact(exporter: Exporter, name: str, size_bytes: int, bits: float, parameters: int) -> dict[str, Any]:
     """What is known of every artifact. size_bytes: of the files that the runtime reads."""
     return {
         "name": name,
         "format": exporter.name,
         "params": exporter.model_dump(mode="json"),
-        "usage": dict(exporter.usage_of(cache)),
         "weights_exact": True,
         "size_bytes": size_bytes,
         "bits_per_weight": float(f"{bits:.6g}"),
@@ -90,9 +86,12 @@ def _artifact(
     }
 
 
-def _task(labels: Collection[str]) -> str:
-    """What the hub calls what a model does."""
-    return "text-classification" if labels else "text-generation"
+def _task(labels: Collection[str], usage: Mapping[str, str]) -> dict[str, Any]:
+    """What the hub calls what a model does, and how it is opened. usage: of a language model."""
+    if not labels:
+        return {"task": "text-generation", "usage": dict(usage)}
+    opened = {runtime: line.replace("CausalLM", "SequenceClassification") for runtime, line in usage.items()}
+    return {"task": "text-classification", "usage": opened}
 
 
 def _described(known: Lineage) -> dict[str, Any]:

@@ -113,6 +113,7 @@ def test_a_list_that_cannot_work_is_refused(tmp_path):
         ([{"prompt": 1}], ":1: expected"),
         ([{"prompt": "a"}, {"prompt": " "}], ":2: expected"),
         ([{"prompt": "a"}, {"prompt": "a"}], ":2: repeats the prompt of line 1"),
+        ([{"prompt": "a b"}, {"prompt": " a  b\n"}], ":2: repeats the prompt of line 1"),
     ],
 )
 def test_a_file_that_cannot_work_is_refused_in_one_line(tmp_path, rows, message):

@@ -1,6 +1,7 @@
 """Exact McNemar tests, Newcombe's intervals and Holm's correction, against published figures and scipy."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -47,6 +48,36 @@ def test_newcombe_holds_the_difference_and_mirrors(both, first, second, neither)
     assert newcombe(both, second, first, neither) == pytest.approx((-high, -low))
     wide = newcombe(both, first, second, neither, confidence=0.99)
     assert wide[0] <= low and high <= wide[1]
+
+
+def plain_newcombe(both, first_only, second_only, neither):
+    """Method 10 step by step, with scipy's intervals of each rate."""
+    n = both + first_only + second_only + neither
+    rates, ends = [], []
+    for hits in (both + first_only, both + second_only):
+        interval = stats.binomtest(hits, n).proportion_ci(method="wilson")
+        rates.append(hits / n)
+        ends.append((interval.low, interval.high))
+    product = both * neither - first_only * second_only
+    if product > n / 2:
+        product -= n / 2
+    elif product >= 0:
+        product = 0
+    margins = math.prod((both + first_only, second_only + neither, both + second_only, first_only + neither))
+    phi = product / math.sqrt(margins) if margins else 0
+    (p, q), ((l1, u1), (l2, u2)) = rates, ends
+    below = (p - l1) ** 2 - 2 * phi * (p - l1) * (u2 - q) + (u2 - q) ** 2
+    above = (q - l2) ** 2 - 2 * phi * (q - l2) * (u1 - p) + (u1 - p) ** 2
+    return p - q - math.sqrt(below), p - q + math.sqrt(above)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(4, 2, 2, 3), (3, 2, 2, 3), (2, 9, 8, 1), (1, 9, 2, 1), (0, 7, 0, 5), (12, 0, 0, 0), (0, 0, 0, 1), (30, 4, 9, 57)],
+)
+def test_newcombe_is_that_of_its_steps(counts):
+    """Answers that go together, too little to tell, that go apart, one-sided, and a single one."""
+    assert newcombe(*counts) == pytest.approx(plain_newcombe(*counts), abs=1e-12)
 
 
 def test_newcombe_covers_what_it_promises():
