@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ("compress.errors", "compress.machine", "compress.permission", "compress.publishing"),
+    ("compress.errors", "compress.machine", "compress.requirements", "compress.permission", "compress.publishing"),
     ("compress.batching", "compress.branching", "compress.labels", "compress.sealing"),
     ("compress.lock", "compress.environment"),
     ("compress.numerics",),

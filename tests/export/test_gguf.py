@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from compress import plugin, source
+from compress import lineage, plugin, source
 from compress.architectures import Facts
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, Corrupt, RecipeError
@@ -147,6 +147,26 @@ def test_the_header_says_what_the_file_holds(tmp_path: Path) -> None:
         assert fields["llama.rope.dimension_count"].contents() == 16
 
 
+def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    model = encoded(tiny(), Encoding("int4", 32))
+    model.name = "Small-Instruct-v1.2"
+    model.described = {"name": "Small", "repository": "maker/Small", "license": "mit", "languages": ("en", "de")}
+    Gguf().write(model, tmp_path)
+    fields = GGUFReader(tmp_path / gguf.FILE).fields
+    found = {key: field.contents() for key, field in fields.items() if key.startswith("general.")}
+    wanted = {"name": model.name, "basename": "Small", "finetune": "Instruct", "version": "v1.2", "license": "mit"}
+    wanted |= {"languages": ["en", "de"], "quantized_by": "compress-toolkit", "base_model.0.name": "Small"}
+    wanted |= {"base_model.0.repo_url": "https://huggingface.co/maker/Small", "base_model.0.organization": "maker"}
+    assert {key: found[f"general.{key}"] for key in wanted} == wanted and found["general.base_model.count"] == 1
+    assert found["general.size_label"] == f"{model.facts.parameters / 1000:.0f}K"
+    assert lineage.of(source.resolve(str(tmp_path / gguf.FILE))).repository == "maker/Small"
+    Gguf().write(tiny(), tmp_path)  # what nobody knows is left out
+    known = {key for key in GGUFReader(tmp_path / gguf.FILE).fields if key.startswith("general.")}
+    assert not known & {"general.license", "general.base_model.count", "general.quantized_by"}
+
+
 # --- logits -------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +261,7 @@ def test_token_ids_are_those_of_transformers(pre: str, opened: Any) -> None:
     model = tiny(tokenizer=trained_tokenizer(pre))
     runtime = opened(model)
     texts = list(probes(model.tokenizer))
-    assert len(texts) > 300
+    assert len(texts) >= 2000 and len(set(texts)) > 1950  # pieces of CJK, emoji, code and controls in every mixture
     assert [runtime.encode(t) for t in texts] == [model.encode(t) for t in texts]
     for text in texts:
         ids = model.encode(text)
@@ -252,7 +272,7 @@ def test_the_real_tokenizer_survives(smollm: PreTrainedTokenizerFast, opened: An
     model = tiny(tokenizer=smollm)
     runtime = opened(model)
     texts = [*probes(smollm), Path(__file__).read_text(), source.__doc__ or ""]
-    assert len(texts) > 350
+    assert len(texts) > 2000
     for text in texts:
         ids = model.encode(text)
         assert runtime.encode(text) == ids and runtime.decode(ids) == model.decode(ids) == text
@@ -405,4 +425,4 @@ def test_the_real_model_runs_in_llama_cpp(
     assert len(window) > 50 and kl(ours, theirs) < limit
     assert kl(theirs, runtime.decode_logits(window)) < limit
     texts = [*probes(model.tokenizer), TEXT]
-    assert len(texts) >= 200 and all(runtime.encode(t) == model.encode(t) for t in texts)
+    assert len(texts) >= 2000 and all(runtime.encode(t) == model.encode(t) for t in texts)
