@@ -13,6 +13,7 @@ from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
 from compress.families import ARCHITECTURES
 from compress.interfaces import Exporter, LanguageModel
+from compress.requirements import outdated
 from export import _gptq
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Checkpoint(Exporter):
 
     format: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
 
-    def usage_of(self, cache: CacheRounding | None = None) -> Mapping[str, str]:
+    def usage_of(self, cache: CacheRounding | None = None, paired: bool = False) -> Mapping[str, str]:
         """GPTQ's layout is opened by transformers with gptqmodel and optimum."""
         return {**self.usage, **_GPTQ_USAGE} if self.format == "gptq" else self.usage
 
@@ -81,10 +82,11 @@ class Checkpoint(Exporter):
         return f"gptq has one encoding for all linears, and {a} is {one}, {b} {other}; use format: compressed-tensors"
 
     def check(self, facts: Facts) -> None:
-        """Refuse classifiers, where compressed-tensors is missing, and shapes that fill no words of gptq's layout."""
-        if facts.labels:
+        """Refuse all but language models, a missing compressed-tensors, and what fills no words of gptq's layout."""
+        if facts.labels or facts.paired:
             kind = facts.architecture.model_type
-            raise RecipeError(f"checkpoint holds language models, and {kind} here tells classes apart; export to onnx")
+            what = "writes a target given a source" if facts.paired else "tells classes apart"
+            raise RecipeError(f"checkpoint holds language models, and {kind} here {what}; export to onnx")
         if self.format == "compressed-tensors":
             _require_package()
             return
@@ -190,6 +192,8 @@ def _is_gptq(path: Path) -> bool:
 def _require_package() -> None:
     if importlib.util.find_spec("compressed_tensors") is None:
         raise RecipeError("checkpoint needs compressed-tensors: pip install 'compress-toolkit[checkpoint]'")
+    if old := outdated(["compressed-tensors"]):
+        raise RecipeError(f"checkpoint: {old}: pip install --upgrade 'compress-toolkit[checkpoint]'")
 
 
 def _packed(tensor: EncodedTensor) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import artifact, environment, lineage, rounding, source
+from compress.architectures import Facts
 from compress.gate import CheckResult, GateResult
 from compress.interfaces import Exporter, Plugin
 from compress.lineage import Lineage
 from compress.recipe import Recipe
 from compress.record import ExportRecord, RunRecord, StepRecord
-from compress.rounding import CacheRounding
 from compress.source import Source
 
 if TYPE_CHECKING:
@@ -33,13 +33,14 @@ def of_run(
     base_model: `files` is the digest of the source's files, `digest` that of the float32 model made of them.
     """
     assert record.baseline is not None and record.release is not None
-    known, baseline = artifact.manifest(final), record.baseline
+    known, baseline, shapes = artifact.manifest(final), record.baseline, source.facts(origin)
     _, cache = rounding.from_json(known.get("rounding", {}))
     timed = {c.name for entry in recipe.export for c in entry.gate if c.timed}
     base = {"source": baseline.model, "files": source.digest(origin), "digest": baseline.digest}
     return {
-        **_artifact(exporter, known["name"], made.size_bytes, made.bits_per_weight, known["parameters"], cache),
-        "task": _task(source.facts(origin).labels),
+        **_artifact(exporter, known["name"], made.size_bytes, made.bits_per_weight, known["parameters"]),
+        "usage": dict(exporter.usage_of(cache, shapes.paired)),
+        "task": _task(shapes),
         "runtime": made.runtime,
         "compute": made.compute,
         "base_model": {**base, "bytes": baseline.size_bytes, **_described(lineage.of(origin))},
@@ -58,8 +59,9 @@ def of_model(
 ) -> dict[str, Any]:
     """An artifact that no gate has looked at."""
     return {
-        **_artifact(exporter, model.name, size_bytes, bits, model.facts.parameters, model.cache),
-        "task": _task(model.labels),
+        **_artifact(exporter, model.name, size_bytes, bits, model.facts.parameters),
+        "usage": dict(exporter.usage_of(model.cache, model.facts.paired)),
+        "task": _task(model.facts),
         "runtime": exporter.runtime,
         "compute": None,
         "base_model": {"source": spec, **_described(known)},
@@ -72,15 +74,12 @@ def of_model(
     }
 
 
-def _artifact(
-    exporter: Exporter, name: str, size_bytes: int, bits: float, parameters: int, cache: CacheRounding | None
-) -> dict[str, Any]:
+def _artifact(exporter: Exporter, name: str, size_bytes: int, bits: float, parameters: int) -> dict[str, Any]:
     """What is known of every artifact. size_bytes: of the files that the runtime reads."""
     return {
         "name": name,
         "format": exporter.name,
         "params": exporter.model_dump(mode="json"),
-        "usage": dict(exporter.usage_of(cache)),
         "weights_exact": True,
         "size_bytes": size_bytes,
         "bits_per_weight": float(f"{bits:.6g}"),
@@ -90,9 +89,11 @@ def _artifact(
     }
 
 
-def _task(labels: Collection[str]) -> str:
+def _task(known: Facts) -> str:
     """What the hub calls what a model does."""
-    return "text-classification" if labels else "text-generation"
+    if known.paired:
+        return "text2text-generation"
+    return "text-classification" if known.labels else "text-generation"
 
 
 def _described(known: Lineage) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_is_found_by_name() -> None:
 def test_files_hold_the_models_very_tensors(export: Callable[[str], Export], name: str) -> None:
     done = export(name)
     assert_same(done.model, done.path)
-    assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= {
+    assert {"model.onnx", "model.onnx.data", "genai_config.json", "config.json", "tokenizer.json"} <= {
         path.name for path in done.path.iterdir()
     }
 
