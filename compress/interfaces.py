@@ -260,9 +260,7 @@ class Evaluator(Plugin, ABC):
     whole: ClassVar[bool] = False  # weighs documents: their windows have no score of their own
     relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)
     classifiers: ClassVar[bool] = False  # can be asked of a model with a classification head, see `compress.labels`
-    takes_pairs: ClassVar[bool] = (
-        False  # can be asked of a model that writes a target given a source, see `compress.pairs`
-    )
+    takes_pairs: ClassVar[bool] = False  # can be asked of one that writes a target given a source: `compress.pairs`
     margin_fields: ClassVar[frozenset[str]] = frozenset()  # fields that move the margin but no score
     # What the loss is, so that one can be planted without asking `score`: the mean increase of −ln p(token),
     # the mean KL(reference‖model), or the share of clusters answered wrong (a payload holds the tokens of each
