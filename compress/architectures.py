@@ -13,10 +13,13 @@ from compress.families import (
     CLASSIFYING_DECODERS,
     ENCODERS,
     FULL,
+    SEQ2SEQ,
     SLIDING,
     STACKED,
     Architecture,
     Encoder,
+    EncoderDecoder,
+    Stack,
 )
 
 
@@ -40,6 +43,8 @@ class Facts:
     attention_cap: float | None = None  # c of c · tanh(x / c), for these products
     logit_cap: float | None = None  # the same for the logits
     labels: tuple[str, ...] = ()  # classes that a classification head tells apart; a language model has none
+    encoder_layers: int = 0  # of a model that reads one text and writes another; `layers` are its decoder's then
+    output_scale: float = 1.0  # of the states that the head reads
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> Facts:
@@ -60,6 +65,8 @@ class Facts:
             "mlp": config.get(keys["mlp"]) or 4 * residual,  # GPT-2 leaves it out
         }
         labels = _labels(config) if classifies(config) else ()
+        if isinstance(arch, EncoderDecoder):
+            sizes["distances"] = config["relative_attention_num_buckets"]
         if isinstance(arch, Encoder):
             sizes |= {"positions": context, "types": config.get("type_vocab_size", 0), "labels": len(labels)}
             if arch.padded_positions:
@@ -67,9 +74,13 @@ class Facts:
                     raise RecipeError(f"{arch.model_type} counts positions from pad_token_id on, which is null; set it")
                 context -= config["pad_token_id"] + 1
         activation = config.get(keys["activation"]) or "silu"
+        layers, encoder_layers = config.get(keys["layers"]), 0
+        if isinstance(arch, EncoderDecoder):
+            encoder_layers = config[keys["encoder_layers"]]
+            context *= 2  # that of the source, and that of the target
         return Facts(
             architecture=arch,
-            layers=config[keys["layers"]],
+            layers=encoder_layers if layers is None else layers,
             sizes=sizes,
             heads=heads,
             kv_heads=kv_heads,
@@ -84,6 +95,8 @@ class Facts:
             attention_cap=config.get("attn_logit_softcapping") if arch.model_type == "gemma2" else None,
             logit_cap=config.get("final_logit_softcapping"),
             labels=labels,
+            encoder_layers=encoder_layers,
+            output_scale=_output_scale(config, arch),
         )
 
     def size(self, axis: str) -> int:
@@ -104,10 +117,25 @@ class Facts:
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name → (out_features, in_features) of every linear inside the blocks."""
         return {
-            f"{self.architecture.blocks}.{i}.{name}": (self.size(out), self.size(inn))
-            for i in range(self.layers)
-            for name, (out, inn) in self.architecture.linears.items()
+            f"{stack.blocks}.{i}.{name}": (self.size(out), self.size(inn))
+            for stack in self.stacks
+            for i in range(stack.layers)
+            for name, (out, inn) in stack.linears.items()
         }
+
+    @property
+    def paired(self) -> bool:
+        """Whether the model reads one text and writes another: see `compress.pairs`."""
+        return isinstance(self.architecture, EncoderDecoder)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The blocks, in the order of computation: of an encoder-decoder the encoder's, then the decoder's."""
+        arch = self.architecture
+        own = Stack(arch.blocks, self.layers, arch.linears, arch.stages)
+        if isinstance(arch, EncoderDecoder):
+            return Stack(arch.encoder_blocks, self.encoder_layers, arch.encoder_linears, arch.encoder_stages), own
+        return (own,)
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -128,6 +156,9 @@ class Facts:
         found = (self.layers * len(arch.norms) + 1) * width * (2 if arch.centred else 1)
         if arch.centred:
             found += sum(n for n, _ in self.linears.values())
+        if isinstance(arch, EncoderDecoder):
+            found += (self.encoder_layers * len(arch.encoder_norms) + 1) * width
+            found += 2 * self.sizes["distances"] * self.heads  # a bias of either half
         if isinstance(arch, Encoder):
             found += width + len(self.labels)  # biases of pooler and head
         elif arch.positions is not None:
@@ -140,6 +171,8 @@ class Facts:
         kind = self.architecture.model_type
         if self.labels:
             return f"is for language models, and {kind} here tells classes apart"
+        if self.paired:
+            return f"is for language models, and {kind} reads one text and writes another"
         if self.architecture.transposed:
             return f"reads no transposed linears, which {kind} has"
         return None
@@ -187,6 +220,8 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
     if classifies(config) and kind not in ENCODERS:
         known = ", ".join((*ENCODERS, *CLASSIFYING_DECODERS))
         raise RecipeError(f"a classifier of architecture {kind!r} is not supported; supported: {known}")
+    if kind in SEQ2SEQ:
+        return _encoder_decoder(kind, config)
     if kind in ENCODERS:
         if not classifies(config):
             found = ", ".join(config.get("architectures") or ["no head"])
@@ -197,11 +232,21 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
             raise RecipeError(f"{kind}: only encoders with absolute positions are supported")
         return ENCODERS[kind]
     if kind not in ARCHITECTURES:
-        raise RecipeError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise RecipeError(f"architecture {kind!r} is not supported; supported: {', '.join([*ARCHITECTURES, *SEQ2SEQ])}")
     arch = ARCHITECTURES[kind]
     if odd := next((key for key in arch.refused if config.get(key)), None):
         raise RecipeError(f"architecture {kind!r} is not supported with {odd}={config[odd]!r}; unset it")
     return arch
+
+
+def _encoder_decoder(kind: str, config: Mapping[str, Any]) -> Architecture:
+    """The table of T5 or one like it; raises RecipeError for half of one, or another head."""
+    found = config.get("architectures") or ["no head"]
+    if not any(str(name).endswith("ForConditionalGeneration") for name in found):
+        raise RecipeError(f"{kind} is supported as …ForConditionalGeneration, not as {', '.join(found)}")
+    plain = SEQ2SEQ[kind][False]
+    mlp = str(config.get("feed_forward_proj") or plain.defaults["feed_forward_proj"])
+    return SEQ2SEQ[kind][mlp.startswith("gated-")]
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -214,6 +259,14 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
             f"outputs for {config.get('problem_type') or 'regression'}"
         )
     return labels
+
+
+def _output_scale(config: Mapping[str, Any], arch: Architecture) -> float:
+    """Of a T5: once tied to its embedding, its head read states scaled down; newer configs say so themselves."""
+    if not isinstance(arch, EncoderDecoder) or not arch.scaled_output:
+        return 1.0
+    scaled = config.get("scale_decoder_outputs", config["tie_word_embeddings"] is not False)
+    return float(config[arch.keys["residual"]] ** -0.5) if scaled else 1.0
 
 
 def _rope(config: Mapping[str, Any]) -> str:

@@ -47,6 +47,7 @@ def _fill(model: Model, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from compress.model import config_of
     from compress.numerics.packing import pack
     from compress.storage import flatten
 
@@ -57,7 +58,7 @@ def _fill(model: Model, folder: Path) -> None:
             entries |= {f"{n.removesuffix('.weight')}.mask": pack(m.to(torch.uint8), 1) for n, m in model.masks.items()}
         save_file(entries, folder / file, metadata={"format": "pt"})
         encodings |= specs
-    config = {**model.module.config.to_dict(), "dtype": "float32", "architectures": [type(model.module).__name__]}
+    config = {**config_of(model.module), "dtype": "float32"}
     config.pop("_name_or_path", None)  # where it was loaded from is no part of it
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str))
     if not model.labels:
@@ -153,6 +154,8 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     from compress.architectures import classifies
     from compress.classifier import auto_class, model_of
     from compress.conv1d import as_linears
+    from compress.families import SEQ2SEQ
+    from compress.seq2seq import settle_head
     from compress.storage import materialize, unflatten
 
     facts = manifest(folder)
@@ -162,6 +165,8 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         module = auto_class(config.to_dict()).from_config(config, dtype=torch.float32)
+    if config.model_type in SEQ2SEQ:
+        settle_head(module, json.loads((folder / "config.json").read_text())["tie_word_embeddings"])
     as_linears(module)  # as the tensors were saved
     tensors, specs = load_file(folder / WEIGHTS), facts["encodings"]
     shelf = _shelf(folder, module, specs) if facts.get("streamed") else None

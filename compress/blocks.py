@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import NumericalError, RecipeError
+from compress.families import Stack
 from compress.model import Model
+from compress.pairs import split
+from compress.seq2seq import Seq2Seq
 
 Observer = Callable[[tuple[str, ...], Tensor], None]
 """Called with the linears that share an input, and that input: (tokens, in_features) float32."""
+Pair = tuple[list[int], list[int]]
+Feeds = list[dict[str, Tensor]]
+Half = Generator["Block", None, tuple[list[Tensor], list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -33,22 +39,32 @@ class Arguments:
 class Block:
     """One block and the hidden states that enter it.
 
-    linears: full module name → linear. index: position in the stack. originals: where `walk` was asked for them,
-    first linear of a stage → the inputs that it has in the model as it was, one (tokens, in_features) bfloat16
-    tensor per batch.
+    linears: full module name → linear. index: position in its stack. arguments: those of all batches, or of each.
+    originals: where `walk` was asked for them, first linear of a stage → the inputs that it has in the model as it was,
+    one (tokens, in_features) bfloat16 tensor per batch.
     """
 
-    def __init__(self, index: int, module: nn.Module, model: Model, states: list[Tensor], arguments: Arguments):
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        model: Model,
+        states: list[Tensor],
+        arguments: Arguments | Sequence[Arguments],
+        stack: Stack | None = None,
+    ):
         arch = model.facts.architecture
         self.index, self.module = index, module
-        self._prefix = f"{arch.blocks}.{index}"
+        self._stack = stack or model.facts.stacks[-1]
+        self._prefix = f"{self._stack.blocks}.{index}"
         self._architecture = arch
-        self._states, self._arguments = states, arguments
+        self._states = states
+        self._arguments = [arguments] * len(states) if isinstance(arguments, Arguments) else arguments
         self._batch = 0  # the one that is running
         self._left: list[Tensor] | None = None  # the hidden states that leave, once they are known
         self.originals: dict[str, list[Tensor]] = {}
         self.linears: dict[str, nn.Linear] = {}
-        for name in arch.linears:
+        for name in self._stack.linears:
             linear = module.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             self.linears[f"{self._prefix}.{name}"] = linear
@@ -56,7 +72,7 @@ class Block:
     @property
     def stages(self) -> list[tuple[str, ...]]:
         """Full names of the linears, grouped by shared input, in the order of computation."""
-        return [tuple(f"{self._prefix}.{name}" for name in stage) for stage in self._architecture.stages]
+        return [tuple(f"{self._prefix}.{name}" for name in stage) for stage in self._stack.stages]
 
     @torch.inference_mode()
     def observe(self, callback: Observer) -> list[Tensor]:
@@ -187,7 +203,7 @@ class Block:
         self._batch = batch
         # bfloat16 products are safe inside a block; the residual stream stays float32.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            states_out = self._arguments.call(self.module, self._states[batch])
+            states_out = self._arguments[batch].call(self.module, self._states[batch])
         if not torch.isfinite(states_out).all():
             raise NumericalError(f"{self._prefix}: non-finite hidden states on the calibration data")
         return states_out
@@ -202,11 +218,15 @@ def walk(
 ) -> Iterator[Block]:
     """Yield the model's blocks in order; a block changed by the caller feeds the next one.
 
-    windows: (length,) int64 each, all of one length. originals: also carry the states of the unchanged model, which
-    costs a second pass. Raises RecipeError without calibration data.
+    windows: (length,) int64 each, all of one length. Of an encoder-decoder they are pairs of any length, and blocks of
+    the encoder come before those of the decoder, which read what it makes of the sources by then. originals: also
+    carry the states of the unchanged model, which costs a second pass. Raises RecipeError without calibration data.
     """
     if not windows:
         raise RecipeError("this step needs calibration data; the calibration set holds no window")
+    if isinstance(model, Seq2Seq):
+        yield from _walk_halves(model, windows, progress, windows_per_batch, originals)
+        return
     lengths = {len(w) for w in windows}
     if len(lengths) != 1:
         raise RecipeError(f"calibration windows differ in length: {sorted(lengths)[:3]}")
@@ -224,6 +244,99 @@ def walk(
         if index + 1 < len(blocks):
             states = block.advance()
     progress("blocks", 1.0)
+
+
+def _walk_halves(
+    model: Seq2Seq,
+    windows: Sequence[Tensor],
+    progress: Callable[[str, float], None],
+    windows_per_batch: int,
+    originals: bool,
+) -> Iterator[Block]:
+    """`walk` over the encoder, then over the decoder."""
+    batches = _alike([split(window.tolist(), model.start) for window in windows], windows_per_batch)
+    reading, writing = model.facts.stacks
+    total = reading.layers + writing.layers
+
+    def along(stack: Stack, before: int, feeds: Feeds, untouched: Feeds | None) -> Half:
+        def report(index: int) -> None:
+            progress(f"block {before + index + 1}/{total}", (before + index) / total)
+
+        return _walk_half(model, stack, feeds, untouched, report)
+
+    sources = [{"input_ids": torch.tensor([source for source, _ in batch])} for batch in batches]
+    read = yield from along(reading, 0, sources, sources if originals else None)
+    targets = [torch.tensor([target for _, target in batch]) for batch in batches]
+    feeds, untouched = (
+        [{"input_ids": ids, "encoder_hidden_states": states} for ids, states in zip(targets, found)] for found in read
+    )
+    yield from along(writing, reading.layers, feeds, untouched or None)
+    progress("blocks", 1.0)
+
+
+def _walk_half(
+    model: Seq2Seq, stack: Stack, feeds: Feeds, untouched: Feeds | None, progress: Callable[[int], None]
+) -> Half:
+    """Yield the blocks of a half; returns the normed states that leave it, and those of the model as it was, if asked.
+
+    feeds: what the half is called with, per batch; untouched: the same in the model as it was.
+    """
+    half = model.module.get_submodule(stack.blocks.partition(".")[0])
+    states, *arguments = _enter_half(half, feeds)
+    before, *others = _enter_half(half, untouched) if untouched else ([], [], [])
+    for index, module in enumerate(half.block):
+        progress(index)
+        later = min(index, 1)
+        block = Block(index, module, model, states, arguments[later], stack)
+        if untouched:
+            before = _observe_originals(block, Block(index, module, model, before, others[later], stack))
+        yield block
+        states = block.advance()
+    with torch.inference_mode():
+        return [half.final_layer_norm(state) for state in states], [half.final_layer_norm(state) for state in before]
+
+
+@torch.inference_mode()
+def _enter_half(half: Any, feeds: Feeds) -> tuple[list[Tensor], list[Arguments], list[Arguments]]:
+    """Hidden states that enter the first block, per batch; what the first is called with besides, and what all others.
+
+    The first block makes the biases of distances, which the others are given.
+    """
+    states: list[Tensor] = []
+    found: tuple[list[Arguments], list[Arguments]] = [], []
+
+    def capture(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[index].append(Arguments(args[1:], kwargs))
+        if index == 0:
+            states.append(args[0].float())
+        if index == 1 or len(half.block) == 1:
+            raise _Captured
+
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args, kwargs, i=i: capture(i, args, kwargs), with_kwargs=True)
+        for i, block in enumerate(half.block[:2])
+    ]
+    try:
+        for feed in feeds:
+            try:
+                half(**feed, use_cache=False)
+            except _Captured:
+                pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states, *found
+
+
+def _alike(pairs: Sequence[Pair], most: int) -> list[list[Pair]]:
+    """Pairs of the same lengths together, at most so many: nothing is padded."""
+    found: dict[tuple[int, int, int], list[Pair]] = {}
+    count: dict[tuple[int, int], int] = {}
+    for source, target in pairs:
+        shape = len(source), len(target)
+        count[shape] = count.get(shape, 0) + 1
+        found.setdefault((*shape, (count[shape] - 1) // most), []).append((source, target))
+    return list(found.values())
 
 
 def _observe_originals(block: Block, untouched: Block) -> list[Tensor]:

@@ -11,7 +11,9 @@ from torch import Tensor
 from compress.architectures import classifies
 from compress.batching import batches, fitted
 from compress.errors import RecipeError
+from compress.families import SEQ2SEQ
 from compress.model import Model
+from compress.seq2seq import Seq2Seq
 
 if TYPE_CHECKING:
     from compress.streaming import Shelf
@@ -19,16 +21,20 @@ if TYPE_CHECKING:
 
 def auto_class(config: Mapping[str, Any]) -> Any:
     """The class of transformers that opens a model of this config (as a dict)."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+    if config.get("model_type") in SEQ2SEQ:
+        return AutoModelForSeq2SeqLM
     return AutoModelForSequenceClassification if classifies(config) else AutoModelForCausalLM
 
 
 def model_of(
     module: Any, tokenizer: Any, dtype: str = "float32", name: str = "model", shelf: Shelf | None = None
 ) -> Model:
-    """A transformers module as a `Classifier` where it has a classification head, else as a `Model`."""
+    """A transformers module as a `Classifier` where it has a classification head, a `Seq2Seq`, or a plain `Model`."""
     kind = Classifier if classifies({"architectures": [type(module).__name__]}) else Model
+    if module.config.model_type in SEQ2SEQ:
+        kind = Seq2Seq
     return kind(module, tokenizer, dtype, name, shelf=shelf)
 
 

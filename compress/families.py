@@ -111,6 +111,16 @@ SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of blocks, in tra
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Like blocks one behind the other: where they stand, how many, and the linears and stages of each."""
+
+    blocks: str
+    layers: int
+    linears: Mapping[str, tuple[str, str]]
+    stages: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Names of the parts of a model: (out, in) axis symbols per linear, stages, folds, norms and embedding."""
 
@@ -294,3 +304,100 @@ _ENCODERS = (
     _DISTILBERT,
 )
 ENCODERS = {encoder.model_type: encoder for encoder in _ENCODERS}
+
+
+@dataclass(frozen=True)
+class EncoderDecoder(Architecture):
+    """Names of the parts of a model whose decoder reads, besides its own text, what an encoder has made of another.
+
+    The fields of `Architecture` are those of the decoder, `encoder_*` those of the encoder; a norm stands before each
+    The fields of `Architecture` are the decoder's, `encoder_*` the encoder's; a norm stands before each
+    holds for all of its blocks.
+    """
+
+    encoder_blocks: str = "encoder.block"
+    encoder_linears: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    encoder_stages: tuple[tuple[str, ...], ...] = ()
+    encoder_norms: tuple[str, ...] = ()
+    encoder_final_norm: str = "encoder.final_layer_norm"
+    distances: str = "layer.0.SelfAttention.relative_attention_bias"  # of a first block: (buckets, heads)
+    scaled_output: bool = False  # states by the root of the width before the head, unless the config says otherwise
+
+
+def _t5_attention(name: str) -> dict[str, tuple[str, str]]:
+    return {**{f"{name}.{part}": ("q", "residual") for part in "qkv"}, f"{name}.o": ("residual", "q")}
+
+
+def _t5_mlp(name: str, gated: bool) -> dict[str, tuple[str, str]]:
+    inner = ("wi_0", "wi_1") if gated else ("wi",)
+    return {**{f"{name}.{part}": ("mlp", "residual") for part in inner}, f"{name}.wo": ("residual", "mlp")}
+
+
+def _t5_stages(linears: Mapping[str, tuple[str, str]]) -> tuple[tuple[str, ...], ...]:
+    """Linears that share an input; keys and values of cross attention read the encoder's states."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in linears:
+        part, _, own = name.rpartition(".")
+        crossing = part.endswith("EncDecAttention") and own in "kv"
+        reads = {"o": "heads", "wo": "inner"}.get(own, "states" if crossing else "stream")
+        found.setdefault((part, reads), []).append(name)
+    return tuple(map(tuple, found.values()))
+
+
+def _t5_like(model_type: str, gated: bool, **differences: Any) -> EncoderDecoder:
+    reading = {**_t5_attention("layer.0.SelfAttention"), **_t5_mlp("layer.1.DenseReluDense", gated)}
+    writing = {
+        **_t5_attention("layer.0.SelfAttention"),
+        **_t5_attention("layer.1.EncDecAttention"),
+        **_t5_mlp("layer.2.DenseReluDense", gated),
+    }
+    return EncoderDecoder(
+        model_type,
+        linears=writing,
+        stages=_t5_stages(writing),
+        folds=(),
+        block_norms=("layer.0.layer_norm", "layer.1.layer_norm", "layer.2.layer_norm"),
+        attention="layer.0.SelfAttention",
+        closing=frozenset(),
+        blocks="decoder.block",
+        embedding="shared",
+        final_norm="decoder.final_layer_norm",
+        keys=_T5_KEYS,
+        defaults={**_T5_DEFAULTS, "feed_forward_proj": _T5_MLPS[model_type]},
+        activations=_T5_ACTIVATIONS,
+        encoder_linears=reading,
+        encoder_stages=_t5_stages(reading),
+        encoder_norms=("layer.0.layer_norm", "layer.1.layer_norm"),
+        **differences,
+    )
+
+
+_T5_KEYS = {
+    "layers": "num_decoder_layers",
+    "encoder_layers": "num_layers",
+    "residual": "d_model",
+    "mlp": "d_ff",
+    "heads": "num_heads",
+    "head_size": "d_kv",
+    "context": "n_positions",  # a convention of its configs: distances have no end
+    "activation": "feed_forward_proj",
+    "epsilon": "layer_norm_epsilon",
+}
+_T5_DEFAULTS = {
+    "n_positions": 512,
+    "tie_word_embeddings": True,
+    "scale_attn_weights": False,
+    "relative_attention_num_buckets": 32,
+}
+_T5_MLPS = {"t5": "relu", "mt5": "gated-gelu"}  # where a config says nothing
+# transformers takes its tanh approximation for "gated-gelu" alone.
+_T5_ACTIVATIONS = {
+    "gated-gelu": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gated-gelu_new": "gelu_tanh",
+    "gated-relu": "relu",
+    "gated-silu": "silu",
+}
+SEQ2SEQ = {  # by whether the MLP is gated
+    kind: {gated: _t5_like(kind, gated, scaled_output=kind == "t5") for gated in (False, True)} for kind in _T5_MLPS
+}

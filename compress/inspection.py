@@ -22,7 +22,7 @@ TOKENS = 128  # per window
 def layer_errors(
     model: Model, baseline: Model, windows: Sequence[Tensor], progress: Progress = lambda label, fraction: None
 ) -> dict[str, float]:
-    """Relative squared error ‖y − y'‖² / ‖y‖² of the output of every linear in the decoder's blocks, by name.
+    """Relative squared error ‖y − y'‖² / ‖y‖² of the output of every linear in the blocks, by name.
 
     y: outputs of the baseline, y': of the model, over all positions of all windows, (tokens,) int64 each. Each
     model runs on its own activations, so that errors of earlier layers are part of those of later ones, as they
@@ -67,7 +67,7 @@ def _run(model: Model, window: Tensor, names: Sequence[str], callback: Callable[
     hooks = [model.module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
         with torch.inference_mode():
-            model.module.base_model(input_ids=window[None], use_cache=False)
+            model.read(window)
     finally:
         for handle in hooks:
             handle.remove()

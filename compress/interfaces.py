@@ -84,7 +84,7 @@ class LanguageModel(Protocol):
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """One float32 tensor (len(window), vocabulary) per window, in order; row t predicts token t + 1.
 
-        Consume each before asking for the next: implementations may re-use memory.
+        Consume each before asking for the next: implementations may re-use memory. Of pairs fewer: `compress.pairs`.
         """
 
     def decode_logits(self, window: Sequence[int]) -> Tensor:
@@ -160,6 +160,7 @@ class Step(Plugin, ABC):
     reshapes: ClassVar[bool] = False  # leaves smaller tensors: no mask or code may stand for the old ones
     streams: ClassVar[bool] = False  # takes block by block, each once, so that a model larger than memory will do
     classifiers: ClassVar[bool] = False  # takes encoders with a classification head, too
+    takes_pairs: ClassVar[bool] = False  # takes models that read one text and write another, too
     uses_calibration: ClassVar[bool] = False
     uses_selection: ClassVar[bool] = False
 
@@ -259,6 +260,7 @@ class Evaluator(Plugin, ABC):
     whole: ClassVar[bool] = False  # weighs documents: their windows have no score of their own
     relative: ClassVar[bool] = False  # score() needs the reference model too (divergences)
     classifiers: ClassVar[bool] = False  # can be asked of a model with a classification head, see `compress.labels`
+    takes_pairs: ClassVar[bool] = False  # can be asked of one that writes a target given a source: `compress.pairs`
     margin_fields: ClassVar[frozenset[str]] = frozenset()  # fields that move the margin but no score
     # What the loss is, so that one can be planted without asking `score`: the mean increase of −ln p(token),
     # the mean KL(reference‖model), or the share of clusters answered wrong (a payload holds the tokens of each
@@ -423,8 +425,8 @@ class Exporter(Plugin, ABC):
         """The types of the key-value cache that the files ask for; None for floats."""
         return None
 
-    def usage_of(self, cache: CacheRounding | None = None) -> Mapping[str, str]:
-        """`usage` as far as these fields allow it, for a model whose cache is rounded, or not."""
+    def usage_of(self, cache: CacheRounding | None = None, paired: bool = False) -> Mapping[str, str]:
+        """`usage` as far as these fields allow it. cache: of the model, where rounded; paired: if it takes pairs."""
         return self.usage
 
     def refuses_together(self, encodings: Mapping[str, Encoding]) -> str | None:

@@ -18,6 +18,7 @@ from compress.decisions import by_cluster
 from compress.errors import GateInconclusive, RecipeError
 from compress.interfaces import Documents, Evaluator, Example, LanguageModel, Progress, Score
 from compress.labels import labels_of
+from compress.pairs import mismatch, paired, require
 from compress.record import Metric
 from compress.scoring import ScoreCache, batches, cached_scores
 
@@ -31,11 +32,11 @@ WINDOWS_AT_ONCE = 4  # of 512 tokens: about 400 MB of float32 logits under a voc
 def open_model(spec: str, dtype: str = "float32") -> LanguageModel:
     """Whatever `spec` names, in the runtime that executes it.
 
-    A folder with model.onnx opens in onnxruntime, one packed by compressed-tensors in transformers, a .gguf file in
+    A folder with an ONNX model opens in onnxruntime, one packed by compressed-tensors in transformers, a .gguf file in
     llama.cpp, all else in torch, see `opening.load`.
     """
     path = Path(spec).expanduser()
-    if (path / "model.onnx").is_file():
+    if any((path / name).is_file() for name in opening.GRAPHS):
         return plugin.exporter("onnx")().open(path)
     if _is_packed(path / "config.json"):
         return plugin.exporter("checkpoint")().open(path)
@@ -265,6 +266,9 @@ def evaluate(
     opened = open_model(model, dtype) if isinstance(model, str) else model
     for e in evaluators:
         _named_by(e.name, partial(e.check_labels, labels_of(opened)))
+        _named_by(e.name, partial(require, e.takes_pairs, paired(opened)))
+    if problem := mismatch(paired(opened), (text for _, text in data.documents)):
+        raise RecipeError(f"{source}: {problem}")
     reference = open_model(against, dtype) if isinstance(against, str) else against
     metrics = [
         measure(e, opened, part, reference=reference, windows=windows, progress=progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,9 +32,17 @@ RECALLED_BYTES = 96 * 2**20  # of hidden states: 40,000 tokens at a width of 576
 _NOT_CONTENT = ("_name_or_path", "transformers_version", "architectures", "dtype")  # entries that change no output
 
 
+def config_of(module: Any) -> dict[str, Any]:
+    """A module's config with the head that its class has and, of an encoder-decoder, whether that is tied."""
+    found = {**module.config.to_dict(), "architectures": [type(module).__name__]}
+    if hasattr(module, "shared") and hasattr(module, "lm_head"):
+        found["tie_word_embeddings"] = module.lm_head.weight is module.shared.weight
+    return found
+
+
 def facts_of(module: Any) -> Facts:
-    """Facts of a transformers module: those of its config, and of the head that its class has."""
-    return Facts.from_config({**module.config.to_dict(), "architectures": [type(module).__name__]})
+    """Facts of a transformers module: see `config_of`."""
+    return Facts.from_config(config_of(module))
 
 
 class Recalled:
@@ -67,6 +75,7 @@ class Model:
     dtype: of matrix products in evaluation ("float32" or "bfloat16"); weights stay float32. name: for people, never
     part of the digest.
     inputs, cache: what every forward pass rounds, besides; inputs by name of the linear.
+    described: of where it comes from, as `compress.lineage` has it, for files that say so; never part of the digest.
     recalled: set where the same windows will be asked for again. shelf: of a model whose blocks are on disk.
     """
 
@@ -91,6 +100,7 @@ class Model:
         self.masks: dict[str, Tensor] = {}
         self.inputs: dict[str, InputRounding] = {}
         self.cache: CacheRounding | None = None
+        self.described: Mapping[str, Any] = {}
         self.dtype = dtype
         self.tokens_per_batch = tokens_per_batch  # bounds activations: a few MB per 100 tokens
         self.recalled: Recalled | None = None
@@ -258,9 +268,10 @@ class Model:
         for batch in batches([len(windows[i]) for i in missing], self.tokens_per_batch):
             hidden |= self._hidden(windows, [missing[k] for k in batch])
         for run in consecutive([len(w) for w in windows], ROWS_OF_HEAD):
+            states = [hidden.pop(i) for i in run]
             with self._autocast():
-                rows = self.head(torch.cat([hidden.pop(i) for i in run])).float()
-            yield from torch.split(rows, [len(windows[i]) for i in run])
+                rows = self.head(torch.cat(states)).float()
+            yield from torch.split(rows, [len(state) for state in states])
 
     def head(self, states: Tensor) -> Tensor:
         """Logits (..., vocabulary) of final hidden states (..., width), capped where the model does so."""
@@ -331,6 +342,10 @@ class Model:
             rows.append(out.logits[0, -1].float())
         return torch.stack(rows)
 
+    def read(self, window: Sequence[int] | Tensor) -> None:
+        """Run the blocks over one window, without the head: for whoever has hooks on them."""
+        self.module.base_model(input_ids=torch.as_tensor(window)[None], use_cache=False)
+
     @torch.inference_mode()
     def norm_outputs(self, norms: Sequence[str], window: Sequence[int]) -> list[Tensor]:
         """Output of each norm, by its module's name, on one window: (len(window), width) float32 each."""
@@ -342,7 +357,7 @@ class Model:
         hooks = [self.module.get_submodule(name).register_forward_hook(keep(name)) for name in norms]
         try:
             with self._autocast():
-                self.module.base_model(input_ids=torch.tensor([list(window)]), use_cache=False)
+                self.read(window)
         finally:
             for hook in hooks:
                 hook.remove()

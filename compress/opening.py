@@ -13,6 +13,8 @@ from compress.store import Store
 if TYPE_CHECKING:
     from compress.model import Model
 
+GRAPHS = ("model.onnx", "decoder_model.onnx")  # one of which an ONNX export has
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -38,7 +40,7 @@ def locate(spec: str, store: Store | None = None) -> Origin:
     if (path / artifact.MANIFEST).is_file() and not _ships(path):
         return Origin(spec, path, spec, "an artifact")
     other = path.is_dir() and not (path / "config.json").is_file() and [*path.glob("*.gguf"), *path.glob("*.onnx")]
-    if other or (path / "model.onnx").is_file():
+    if other or any((path / name).is_file() for name in GRAPHS):
         raise RecipeError(f"{spec} is an export; give the model that it was made from: a run, an artifact or a source")
     return Origin(spec, None, spec, "a source model")
 

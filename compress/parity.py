@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.decisions import compare
-from compress.families import Encoder
+from compress.families import Encoder, EncoderDecoder
 from compress.gate import CheckResult
 from compress.interfaces import Documents, Inspectable, LanguageModel, Progress
 from compress.labels import labels_of
+from compress.pairs import paired, prompt_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.architectures import Facts
     from compress.model import Model
 
 VERSION = 2
@@ -110,7 +112,7 @@ def _differences(
     opened: LanguageModel, gated: Model, data: Documents, progress: Progress
 ) -> list[tuple[list[int], float, float]]:
     """Per document its window, and the mean and the largest difference of logits."""
-    windows = [window for _, text in data.documents[:DOCUMENTS] if (window := opened.encode(text)[:TOKENS])]
+    windows = [window for _, text in data.documents[:DOCUMENTS] if (window := _window(opened, text, TOKENS))]
     found = []
     for i, window in enumerate(windows):
         expected = next(gated.logits([window]))
@@ -120,15 +122,27 @@ def _differences(
     return found
 
 
+def _window(model: LanguageModel, text: str, tokens: int) -> list[int]:
+    """The first tokens of a text; a pair whole."""
+    window = model.encode(text)
+    return window if paired(model) else window[:tokens]
+
+
+def _prompt(opened: LanguageModel, gated: Model, text: str) -> list[int]:
+    """What the gated model goes on with: a beginning, or a source with the start of a target."""
+    window = _window(opened, text, PROMPT)
+    return prompt_of(gated, window) if paired(gated) else window
+
+
 def _written(opened: LanguageModel, gated: Model, data: Documents, margin: float) -> CheckResult:
     """Tokens that the gated model writes greedily, each against the artifact's choice after the same beginning."""
     same, total, prompts = 0, 0, 0
     for _, text in data.documents[:DOCUMENTS]:
-        prompt = opened.encode(text)[:PROMPT]
+        prompt = _prompt(opened, gated, text)
         if not prompt or total >= GENERATED:
             continue
         tokens = gated.generate(prompt, min(GENERATED - total, gated.context_length - len(prompt)))
-        choices = opened.decode_logits([*prompt, *tokens[:-1]])[len(prompt) - 1 :].argmax(dim=1).tolist()
+        choices = opened.decode_logits([*prompt, *tokens[:-1]])[-len(tokens) :].argmax(dim=1).tolist()
         same += sum(a == b for a, b in zip(tokens, choices, strict=True))
         total, prompts = total + len(tokens), prompts + 1
     share = 1 - same / total if total else float("nan")
@@ -173,15 +187,7 @@ def _parting(opened: LanguageModel, gated: Model, window: Sequence[int], toleran
     if not isinstance(opened, Inspectable):
         name = opened.runtime.partition(" ")[0]
         return f"Where the two part is not known: {name} shows no intermediate outputs."
-    parts = gated.facts.architecture
-    norms, behind = list[str](), [parts.embedding]  # each norm, and the module whose output it is the first to see
-    for i in range(gated.facts.layers):
-        block = f"{parts.blocks}.{i}"
-        norms += [f"{block}.{name}" for name in parts.block_norms]
-        behind += [f"{block}.{parts.attention}", f"{block}.mlp"]
-    norms.append(parts.final_norm)
-    if isinstance(parts, Encoder):  # its norms stand behind each part, and the first behind the embeddings
-        norms = behind = [norms[-1], *norms[:-1]]
+    norms, behind = _norms(gated.facts)
     pairs = zip(gated.norm_outputs(norms, window), opened.norm_outputs(norms, window), strict=True)
     for module, (expected, found) in zip(behind, pairs, strict=True):
         difference = _relative(expected, found)
@@ -189,7 +195,37 @@ def _parting(opened: LanguageModel, gated: Model, window: Sequence[int], toleran
             return (
                 f"The two part in {module}: its relative difference is {difference:.2g}, and {tolerance:g} is allowed."
             )
-    return f"The two agree up to the last norm, and part in {parts.head}."
+    return f"The two agree up to the last norm, and part in {gated.facts.architecture.head}."
+
+
+def _norms(facts: Facts) -> tuple[list[str], list[str]]:
+    """Every norm along the residual stream, and for each the module whose output it is the first to see."""
+    parts = facts.architecture
+    if isinstance(parts, EncoderDecoder):
+        return _norms_of_halves(facts, parts)
+    norms, behind = list[str](), [parts.embedding]
+    for i in range(facts.layers):
+        block = f"{parts.blocks}.{i}"
+        norms += [f"{block}.{name}" for name in parts.block_norms]
+        behind += [f"{block}.{parts.attention}", f"{block}.mlp"]
+    norms.append(parts.final_norm)
+    if isinstance(parts, Encoder):  # its norms stand behind each part, and the first behind the embeddings
+        norms = behind = [norms[-1], *norms[:-1]]
+    return norms, behind
+
+
+def _norms_of_halves(facts: Facts, parts: EncoderDecoder) -> tuple[list[str], list[str]]:
+    """The encoder's, then the decoder's, whose first one sees the embedding again."""
+    norms, behind = list[str](), list[str]()
+    halves = (
+        (parts.encoder_blocks, facts.encoder_layers, parts.encoder_norms, parts.encoder_final_norm),
+        (parts.blocks, facts.layers, parts.block_norms, parts.final_norm),
+    )
+    for blocks, layers, names, final in halves:
+        own = [f"{blocks}.{i}.{name}" for i in range(layers) for name in names]
+        norms += [*own, final]
+        behind += [parts.embedding, *(name.rpartition(".")[0] for name in own)]
+    return norms, behind
 
 
 def _relative(expected: Tensor, found: Tensor) -> float:
@@ -213,7 +249,7 @@ def _on_source(model: LanguageModel, data: Documents, progress: Progress) -> Che
     total, agree, tokens = 0.0, 0.0, 0
     documents = data.documents[:DOCUMENTS]
     for i, (_, text) in enumerate(documents):
-        window = model.encode(text)[:TOKENS]
+        window = _window(model, text, TOKENS)
         if len(window) < 2:
             continue
         at_once = next(model.logits([window])).clone()

@@ -15,7 +15,7 @@ from compress.encodings import Encoding
 from compress.interfaces import Documents, Evaluator, Step
 from compress.recipe import Recipe, StepEntry
 from compress.recipe_data import evaluation, requests
-from compress.refusals import check
+from compress.refusals import check, check_documents
 
 CHARACTERS_PER_TOKEN = 4.5  # of English text under vocabularies of 30,000 to 150,000 tokens
 
@@ -81,6 +81,7 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     """
     warnings = check(recipe, facts)
     parts = split(requests(recipe), recipe.seed)
+    check_documents(recipe, facts, parts)
     texts, datasets = _texts(parts), evaluation(parts)
     stored = {name: Encoding("fp32") for name in facts.matrices}
     baseline, steps = _size(facts, stored), []

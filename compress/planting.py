@@ -20,6 +20,7 @@ from compress.branching import Branches, branch_logits
 from compress.interfaces import Documents, Example, LanguageModel, Score
 from compress.labels import labels_of
 from compress.numerics.sampling import Pick, greedy
+from compress.pairs import predicted
 from compress.scoring import Memo, batches
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _curves(model: LanguageModel, windows: Sequence[Window], unit: float, points
         if labels_of(model):  # a divergence needs no right answer
             scored, targets = rows, torch.zeros(len(rows), dtype=torch.long)
         else:
-            scored, targets = rows[:-1], torch.tensor(window[1:])
+            scored, targets = rows[:-1], torch.tensor(predicted(window, len(rows)))
         total = _sum(total, curves(scored, targets, unit, points))
     return total
 

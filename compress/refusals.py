@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from compress import plugin
 from compress.architectures import Facts
+from compress.data import Split
 from compress.encodings import Encoding
 from compress.errors import RecipeError
 from compress.interfaces import Evaluator, Exporter, Step
+from compress.pairs import mismatch, require
 from compress.recipe import Recipe, StepEntry
 from compress.recipe_data import requests
 
@@ -32,6 +34,20 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
     _check_refined(recipe, shapes)
     _check_exports(recipe, shapes)
     return [*_loosened(recipe), *_ungated(recipe)]
+
+
+def check_documents(recipe: Recipe, facts: Facts, parts: Sequence[Split]) -> None:
+    """Raise RecipeError where documents that will be read are pairs, and the model takes none, or the reverse."""
+    attempts = [step for entry in recipe.steps for step in entry.attempts]
+    read = {"evaluation", "holdout"}
+    read |= {"calibration"} if any(step.uses_calibration for step in attempts) else set()
+    read |= {"selection"} if any(step.uses_selection for step in attempts) else set()
+    for part in parts:
+        if part.request.role not in read:
+            continue
+        if problem := mismatch(facts.paired, (document.text for document in part.documents)):
+            role = part.request.role
+            raise RecipeError(f"{recipe.place('data', role)}  data.{role}: {part.request.source}: {problem}")
 
 
 def _attempts(entry: StepEntry, i: int) -> Iterator[tuple[tuple[str | int, ...], Step]]:
@@ -74,6 +90,11 @@ def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step:
         kind = facts.architecture.model_type
         known = ", ".join(name for name in plugin.names("step") if plugin.step(name).classifiers)
         raise _refusal(recipe, path, f"takes language models, and {kind} here tells classes apart; use {known}")
+    if facts.paired and not step.takes_pairs:
+        kind = facts.architecture.model_type
+        known = ", ".join(name for name in plugin.names("step") if plugin.step(name).takes_pairs)
+        message = f"takes models that go on with a text, and {kind} reads one and writes another; use {known}"
+        raise _refusal(recipe, path, message)
     try:
         step.check(facts)
         for name, encodings in step.possible(facts).items():
@@ -194,6 +215,7 @@ def _check_measurements(recipe: Recipe, facts: Facts) -> None:
             try:
                 c.check()
                 c.check_labels(facts.labels)
+                require(c.takes_pairs, facts.paired)
             except RecipeError as error:
                 raise _refusal(recipe, path, f"{c.name}: {error}") from None
             if c.timed and path[0] != "export":

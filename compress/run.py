@@ -53,6 +53,7 @@ def apply(
     if (finished := _finished(folder, key)) is not None:
         reporter.say(f"nothing to do: {folder} holds this very run, every file verified")
         return finished, folder
+    refusals.check_documents(recipe, source.facts(opened), splits)
     for warning in refusals.check(recipe, source.facts(opened)):
         reporter.say(f"warning: {warning}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.interfaces import LanguageModel, Streaming
+from compress.pairs import paired
 from compress.record import Metric
 
 DEFAULT = ("perplexity", "accuracy:minimal_pairs", "stereotypes", "pronouns", "robustness:minimal_pairs")
@@ -31,7 +32,7 @@ def efficiency(
     if (size := _size(model, path)) is not None:
         base = _size(reference, other) if reference is not None else None
         found.append(_size_metric(size, base))
-    if isinstance(model, Streaming):
+    if isinstance(model, Streaming) and not paired(model):  # its `stream` would refuse
         found.append(_speed_metric(model))
     return found
 

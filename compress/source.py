@@ -241,6 +241,8 @@ def _load_folder(source: Source, dtype: str) -> Model:
     from transformers import AutoTokenizer
 
     from compress.classifier import auto_class, model_of
+    from compress.families import SEQ2SEQ
+    from compress.seq2seq import settle_head
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
@@ -251,6 +253,8 @@ def _load_folder(source: Source, dtype: str) -> Model:
     except (SafetensorError, OSError, ValueError) as error:
         raise Corrupt(f"{source.path}: cannot be loaded ({str(error).splitlines()[0]})") from error
     _require_every_tensor(source.path, found)
+    if config(source)["model_type"] in SEQ2SEQ:
+        settle_head(module, facts(source).tied)
     return model_of(module, tokenizer, dtype, name=source.spec.partition("@")[0].rsplit("/", 1)[-1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,12 +77,14 @@ def write(
     try:
         exporter.check(opened.facts)
         _require_encodings(opened, exporter)
+        known = _lineage(opened, origin)
+        opened.described = asdict(known)
         say(f"writing {exporter.name}, and reading it back")
         with publishing.staging(folder) as staging:
             files = write_exactly(opened, exporter, staging / folder.name)
             size, bits = sum(f.bytes for f in files), artifact.bits_per_weight(opened)
-            known = facts.of_model(opened, exporter, size, bits, origin.spec, _lineage(opened, origin))
-            files = provenance.attach(staging / folder.name, known, files)
+            account = facts.of_model(opened, exporter, size, bits, origin.spec, known)
+            files = provenance.attach(staging / folder.name, account, files)
             _require_new(folder)  # by now another process may have made it
             publishing.publish(staging / folder.name, folder)
     finally:

@@ -295,8 +295,11 @@ def describe_checks(checks: Sequence[Evaluator]) -> list[Any]:
 def _packed(part: data.Split, model: Model) -> list[Tensor]:
     """The part's documents as windows of equal length, each ended as the model ends a text; a classifier encodes that.
 
-    A text behind another one in a window is not what a classifier reads in use, but its states are much alike.
+    A text behind another one in a window is not what a classifier reads in use, but its states are much alike. Pairs
+    are a window each.
     """
+    if model.facts.paired:
+        return data.whole(part, model.encode)
     return data.pack(part, model.encode, None if model.labels else min(model.eos_ids, default=0))
 
 

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, mo
 
 from compress.errors import RecipeError
 from compress.interfaces import Documents, Evaluator, Example, LanguageModel
+from compress.pairs import predicted
 
 Windows = tuple[tuple[int, ...], ...]
 
@@ -109,7 +110,7 @@ def flatten(model: LanguageModel, batch: Sequence[Example]) -> list[tuple[int, .
 
 
 def summed_nll(model: LanguageModel, batch: Sequence[Example]) -> list[tuple[float, int]]:
-    """Per example, whose payload is windows: nats over every token but the first of each window, and their number."""
+    """Per example, whose payload is windows: nats over every token that rows predict, and their number."""
     import torch
 
     from compress.numerics.divergence import token_nll
@@ -119,7 +120,8 @@ def summed_nll(model: LanguageModel, batch: Sequence[Example]) -> list[tuple[flo
     for example in batch:
         total, tokens = 0.0, 0
         for window in example.payload:
-            nll = token_nll(next(logits)[:-1], torch.tensor(window[1:]))
+            rows = next(logits)
+            nll = token_nll(rows[:-1], torch.tensor(predicted(window, len(rows))))
             total, tokens = total + nll.sum().item(), tokens + len(nll)
         found.append((total, tokens))
     return found

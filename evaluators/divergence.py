@@ -19,6 +19,7 @@ class Divergence(WindowEvaluator):
     """Mean KL(reference‖model) per token, with Jensen–Shannon divergence and top-1 agreement beside it."""
 
     name: ClassVar[str] = "divergence"
+    takes_pairs: ClassVar[bool] = True
     version: ClassVar[int] = 2  # more percentiles since 2
     unit: ClassVar[str] = "nats per token"
     definition: ClassVar[str] = (

@@ -16,6 +16,7 @@ class Footprint(Evaluator):
 
     name: ClassVar[str] = "footprint"
     classifiers: ClassVar[bool] = True
+    takes_pairs: ClassVar[bool] = True
     aspect: ClassVar[Aspect] = "efficiency"
     unit: ClassVar[str] = "of the allowed footprint"
     definition: ClassVar[str] = (

@@ -14,6 +14,7 @@ class Perplexity(WindowEvaluator, PerplexityIncrease):
     """Increase of perplexity over the reference, checked as a mean difference in nats per token."""
 
     name: ClassVar[str] = "perplexity"
+    takes_pairs: ClassVar[bool] = True
     definition: ClassVar[str] = (
         "exp of the mean negative log-likelihood per token, documents cut into windows that never cross "
         "documents, every token but the first of a window scored; the loss is the paired difference in nats."

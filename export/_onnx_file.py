@@ -7,7 +7,7 @@ asymmetric only, `T.zero_points`; the graph's metadata names its encoding and th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GRAPH = "model.onnx"
+ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"  # of a model that reads one text and writes another
 DATA = "model.onnx.data"
 METADATA = "compress.encodings"
 FLAVOUR = "compress.flavour"
@@ -43,32 +44,54 @@ def record(
         model.metadata_props[INPUTS] = json.dumps(schemes, separators=(",", ":"))
 
 
-def load(folder: Path) -> Any:
-    """The graph of an exported folder, data left on disk.
+def load(folder: Path, file: str = GRAPH) -> Any:
+    """A graph of an exported folder, data left on disk.
 
     Raises Corrupt for what cannot be parsed or ends early, UnsafeInput for data outside the folder's file.
     """
     import onnx_ir as ir
 
-    for name in (GRAPH, DATA):
+    for name in (file, DATA):
         if (folder / name).is_symlink():
             raise UnsafeInput(f"{folder / name} is a symbolic link")
         if not (folder / name).is_file():
             raise Corrupt(f"{folder}: {name} is missing")
     try:
-        model = ir.load(folder / GRAPH)
+        model = ir.load(folder / file)
     except Exception as error:  # protobuf, onnx-ir and numpy each raise their own
-        raise Corrupt(f"{folder / GRAPH} is no ONNX model: {error}") from error
+        raise Corrupt(f"{folder / file} is no ONNX model: {error}") from error
     size = (folder / DATA).stat().st_size
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         if str(tensor.location) != DATA:
-            raise UnsafeInput(f"{folder / GRAPH}: {name} lies in {tensor.location!s}, not in {DATA}")
+            raise UnsafeInput(f"{folder / file}: {name} lies in {tensor.location!s}, not in {DATA}")
         if (tensor.offset or 0) < 0 or (tensor.offset or 0) + (tensor.length or 0) > size:
             raise Corrupt(f"{folder / DATA}: {name} ends beyond the file")
     return model
+
+
+def graphs(folder: Path) -> list[Any]:
+    """All graphs of an exported folder: one, or an encoder and a decoder; see `load`."""
+    halves = (folder / ENCODER).is_file() or (folder / DECODER).is_file()
+    return [load(folder, file) for file in ((ENCODER, DECODER) if halves else (GRAPH,))]
+
+
+def save_together(models: Mapping[str, Any], folder: Path) -> None:
+    """Write graphs by file name, with one file of data: what initializers of one name hold is stored once."""
+    import onnx_ir as ir
+
+    values: dict[str, list[Any]] = {}
+    for model in models.values():
+        for name, value in model.graph.initializers.items():
+            values.setdefault(name, []).append(value)
+    held = [alike[0].const_value for alike in values.values()]
+    for alike, external in zip(values.values(), ir.external_data.convert_tensors_to_external(held, folder, DATA)):
+        for value in alike:
+            value.const_value = external
+    for file, model in models.items():
+        ir.save(model, folder / file)
 
 
 def encodings(model: Any) -> dict[str, Encoding | None]:
@@ -114,6 +137,21 @@ def stored(model: Any) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
             yield name, EncodedTensor(encoding, held_tensor(model.graph, name))
         else:
             yield name, held_tensor(model.graph, name)
+
+
+def stored_together(models: Sequence[Any]) -> Iterator[tuple[str, EncodedTensor | Tensor]]:
+    """Every tensor of several graphs once; raises Corrupt where two of them read one name from different places."""
+    places: dict[str, Any] = {}
+    seen: set[str] = set()
+    for model in models:
+        for name, value in model.graph.initializers.items():
+            place = getattr(value.const_value, "offset", None), getattr(value.const_value, "length", None)
+            if places.setdefault(name, place) != place:
+                raise Corrupt(f"{name}: two graphs read it from different places of {DATA}")
+        for name, tensor in stored(model):
+            if name not in seen:
+                yield name, tensor
+            seen.add(name)
 
 
 def affine_tensor(graph: Any, name: str, encoding: Encoding) -> EncodedTensor:

@@ -284,16 +284,21 @@ class Surgeon:
 
 
 def standardize(model: Any) -> None:
-    """Express root-mean-square norms by the operator of ONNX opset 23, and name the builder's version alone.
+    """Express root-mean-square norms by the operator of ONNX opset 23, and say of constants and builder what is so.
 
-    The builder writes SimplifiedLayerNormalization into the ONNX domain, which no ONNX opset has, and the commit of
-    whatever git repository surrounds its installation into its version.
+    The builder writes SimplifiedLayerNormalization into the ONNX domain, which no ONNX opset has, the commit of
+    whatever git repository surrounds its installation into its version, and of scalars that they are vectors.
     """
+    import onnx_ir as ir
+
     if model.producer_version is not None:
         model.producer_version = model.producer_version.partition("+")[0]
     for node in model.graph:
         if node.op_type == "SimplifiedLayerNormalization" and node.domain == "":
             node.op_type = "RMSNormalization"
+        if node.op_type == "Constant" and "value" in node.attributes:
+            held = node.attributes["value"].as_tensor()
+            node.outputs[0].type, node.outputs[0].shape = ir.TensorType(held.dtype), ir.Shape(held.shape)
     model.opset_imports[""] = max(model.opset_imports[""], 23)
 
 

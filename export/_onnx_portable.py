@@ -104,11 +104,13 @@ class Graph:
                 self.shared[name] = value
         return self.shared[name]
 
-    def input(self, name: str) -> Any:
-        """An input of integers, (batch, sequence)."""
+    def input(self, name: str, length: str = "sequence", width: int | None = None) -> Any:
+        """An input of integers, (batch, length), or of floats, (batch, length, width)."""
         import onnx_ir as ir
 
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "sequence"]))
+        kind = ir.DataType.INT64 if width is None else ir.DataType.FLOAT
+        shape = ["batch", length, *([] if width is None else [width])]
+        value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
         self.graph.inputs.append(value)
         return value
 
@@ -134,6 +136,16 @@ class Graph:
         gain, bias = self.floats(f"{module}.weight"), self.floats(f"{module}.bias")
         return self.op("LayerNormalization", x, gain, bias, axis=-1, epsilon=epsilon)
 
+    def rms_norm(self, module: str, x: Any, epsilon: float, offset: float = 0.0) -> Any:
+        """Over the last axis: x / √(mean x² + ε) · (gain + offset)."""
+        self.scope = module
+        gain = self.floats(f"{module}.weight")
+        if offset:
+            gain = self.op("Add", gain, self.number(offset), name=f"{module}.weight.gain")
+        mean = self.op("ReduceMean", self.op("Mul", x, x), self.constant([-1]), keepdims=1)
+        root = self.op("Sqrt", self.op("Add", mean, self.number(epsilon)))
+        return self.op("Mul", self.op("Div", x, root), gain)
+
     def activated(self, kind: str, x: Any) -> Any:
         """One of `ACTIVATIONS`."""
         if kind == "silu":
@@ -142,14 +154,14 @@ class Graph:
             return self.op("Relu", x)
         return self.op("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
-    def finish(self, logits: Any, *shape: str | int) -> Any:
+    def finish(self, out: Any, *shape: str | int, name: str = "logits") -> Any:
         """The graph with its one output; raises CompressError where a tensor of the model is not used."""
         import onnx_ir as ir
 
-        logits.name = "logits"
-        logits.type = ir.TensorType(ir.DataType.FLOAT)
-        logits.shape = ir.Shape(shape)
-        self.graph.outputs.append(logits)
+        out.name = name
+        out.type = ir.TensorType(ir.DataType.FLOAT)
+        out.shape = ir.Shape(shape)
+        self.graph.outputs.append(out)
         if left := self.tensors.keys() - self.shared.keys():
             raise CompressError(f"the ONNX graph does not use {', '.join(sorted(left)[:5])}")
         return self.graph
@@ -263,16 +275,10 @@ class _Decoder(Graph):
         return self.op("Add", x, y, name=name)
 
     def _norm(self, module: str, x: Any) -> Any:
-        """Over the last axis: x / √(mean x² + ε) · gain, or LayerNormalization."""
+        """As the architecture norms."""
         if self.parts.centred:
             return self.layer_norm(module, x, self.epsilon)
-        self.scope = module
-        gain = self.floats(f"{module}.weight")
-        if offset := self.facts.architecture.offset(f"{module}.weight"):
-            gain = self.op("Add", gain, self.number(offset), name=f"{module}.weight.gain")
-        mean = self.op("ReduceMean", self.op("Mul", x, x), self.constant([-1]), keepdims=1)
-        root = self.op("Sqrt", self.op("Add", mean, self.number(self.epsilon)))
-        return self.op("Mul", self.op("Div", x, root), gain)
+        return self.rms_norm(module, x, self.epsilon, self.parts.offset(f"{module}.weight"))
 
     def _stage(self, number: int, block: str, x: Any) -> list[Any]:
         """Products of the linears of a block that read x, what a fused one stacks in parts of their own."""

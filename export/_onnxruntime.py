@@ -68,16 +68,17 @@ class OnnxModel:
         self._tokenizer = _tokenizer(folder / TOKENIZER)
         self._folder = folder
         started = time.perf_counter()
-        self._session = _session(folder / _onnx_file.GRAPH, self._settings)
+        self._session = session(folder / self._graph_file, self._settings)
         self.load_seconds = time.perf_counter() - started
         self.vocabulary_size = self._shapes.vocabulary
         self.context_length = self._shapes.context_length
         self.eos_ids = self._shapes.eos_ids
         self.digest = folder_digest(folder)
         self.runtime = f"onnxruntime {onnxruntime.__version__} (CPUExecutionProvider)"
-        self.compute = _compute(graph)
+        self.compute = compute_of(graph)
 
     _settings: Mapping[str, str] = {}  # entries of the session's configuration
+    _graph_file = _onnx_file.GRAPH
 
     def _read_shapes(self, folder: Path) -> Shapes:
         return Shapes.read(folder / CONFIG)
@@ -170,19 +171,23 @@ class OnnxModel:
 
     def norm_outputs(self, norms: Sequence[str], window: Sequence[int]) -> list[Tensor]:
         """Output of each norm on one window, (len(window), width) each, by a second session of the same graph."""
-        import onnx
         import torch
 
-        graph = onnx.load(self._folder / _onnx_file.GRAPH, load_external_data=False)
-        names = [_onnx_file.norm_output(graph, norm) for norm in norms]
-        graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
-        beside = {"session.model_external_initializers_file_folder_path": str(self._folder)}
-        shipped, self._session = self._session, _session(graph.SerializeToString(), {**self._settings, **beside})
-        try:
-            found = self._session.run(names, self._feed([window]))
-        finally:
-            self._session = shipped
+        found = self._values(self._graph_file, norms, self._feed([window]))
         return [torch.from_numpy(array[0]) for array in found]
+
+    def _values(self, file: str, norms: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """What the norms of one graph of the folder compute."""
+        import onnx
+
+        graph = onnx.load(self._folder / file, load_external_data=False)
+        names = [_onnx_file.norm_output(graph, norm) for norm in norms]
+        known = {value.name for value in graph.graph.output}
+        graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in known)
+        beside = {"session.model_external_initializers_file_folder_path": str(self._folder)}
+        second = session(graph.SerializeToString(), {**self._settings, **beside})
+        found: list[np.ndarray] = second.run(names, dict(feed))
+        return found
 
     def close(self) -> None:
         """Release the session and its weights."""
@@ -265,7 +270,8 @@ def _cache_names(layers: int) -> Iterator[tuple[str, str]]:
             yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
 
 
-def _session(graph: Path | bytes, settings: Mapping[str, str]) -> Any:
+def session(graph: Path | bytes, settings: Mapping[str, str]) -> Any:
+    """An onnxruntime session of a graph, by its file or its bytes; raises Corrupt."""
     import onnxruntime
     import torch
 
@@ -316,16 +322,18 @@ def folder_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _compute(model: Any) -> str:
+def compute_of(*graphs: Any) -> str:
     """The distinct encodings of the weights, and the precision that products take activations in."""
-    kinds = sorted({str(encoding) for encoding in _onnx_file.encodings(model).values() if encoding is not None})
+    held = (encoding for graph in graphs for encoding in _onnx_file.encodings(graph).values())
+    kinds = sorted({str(encoding) for encoding in held if encoding is not None})
     products = {
         "int8"
         if node.op_type == "MatMulInteger"
         or node.op_type == "MatMulNBits"
         and node.attributes["accuracy_level"].as_int() == INT8_ACTIVATIONS
         else "float32"
-        for node in model.graph
+        for graph in graphs
+        for node in graph.graph
         if node.op_type in ("MatMul", "MatMulNBits", "MatMulInteger")
     }
     return f"{' + '.join(kinds) or 'float32'} weights, {' + '.join(sorted(products))} activations"

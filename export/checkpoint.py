@@ -13,6 +13,7 @@ from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
 from compress.families import ARCHITECTURES, Encoder
 from compress.interfaces import Exporter, LanguageModel
+from compress.requirements import outdated
 from export import _gptq
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Checkpoint(Exporter):
 
     format: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
 
-    def usage_of(self, cache: CacheRounding | None = None) -> Mapping[str, str]:
+    def usage_of(self, cache: CacheRounding | None = None, paired: bool = False) -> Mapping[str, str]:
         """GPTQ's layout is opened by transformers with gptqmodel and optimum."""
         return {**self.usage, **_GPTQ_USAGE} if self.format == "gptq" else self.usage
 
@@ -81,8 +82,12 @@ class Checkpoint(Exporter):
         return f"gptq has one encoding for all linears, and {a} is {one}, {b} {other}; use format: compressed-tensors"
 
     def check(self, facts: Facts) -> None:
-        """Refuse encoders, where compressed-tensors is missing, and what gptq's layout has no words for."""
+        """Refuse encoders, a missing compressed-tensors, and what gptq's layout has no words for."""
         kind = facts.architecture.model_type
+        if facts.paired:
+            raise RecipeError(
+                f"checkpoint holds decoders, and {kind} here writes a target given a source; export to onnx"
+            )
         if isinstance(facts.architecture, Encoder):
             raise RecipeError(f"checkpoint holds decoders, and {kind} here tells classes apart; export to onnx")
         if facts.labels and self.format == "gptq":
@@ -193,6 +198,8 @@ def _is_gptq(path: Path) -> bool:
 def _require_package() -> None:
     if importlib.util.find_spec("compressed_tensors") is None:
         raise RecipeError("checkpoint needs compressed-tensors: pip install 'compress-toolkit[checkpoint]'")
+    if old := outdated(["compressed-tensors"]):
+        raise RecipeError(f"checkpoint: {old}: pip install --upgrade 'compress-toolkit[checkpoint]'")
 
 
 def _packed(tensor: EncodedTensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from compress.encodings import GGML_BLOCKS, EncodedTensor, Encoding
 from compress.errors import Corrupt, RecipeError
 from compress.families import ARCHITECTURES, FULL, SLIDING
 from compress.interfaces import Exporter, LanguageModel
+from compress.requirements import outdated
 from compress.rounding import CacheRounding, InputRounding
 from export import _gguf_cache
 
@@ -113,7 +114,7 @@ class Gguf(Exporter):
 
         return _gguf_cache.types({key: f.contents() for key, f in _llama_cpp.read(path).fields.items()})
 
-    def usage_of(self, cache: CacheRounding | None = None) -> Mapping[str, str]:
+    def usage_of(self, cache: CacheRounding | None = None, paired: bool = False) -> Mapping[str, str]:
         """The lines that load the file, with the options for its cache."""
         return self.usage if cache is None else _gguf_cache.usage(cache)
 
@@ -158,6 +159,8 @@ class Gguf(Exporter):
             )
         if importlib.util.find_spec("llama_cpp") is None:
             raise RecipeError("gguf needs llama-cpp-python; pip install 'compress-toolkit[gguf]'")
+        if old := outdated(["llama-cpp-python"]):
+            raise RecipeError(f"gguf: {old}; pip install --upgrade 'compress-toolkit[gguf]'")
 
     def write(self, model: Model, out: Path) -> None:
         """Write `out/model.gguf`; raises RecipeError for what the format or llama.cpp cannot express.
@@ -166,7 +169,7 @@ class Gguf(Exporter):
         """
         from gguf import GGUFWriter
 
-        from export import _gguf_vocabulary, _llama_cpp
+        from export import _gguf_origin, _gguf_vocabulary, _llama_cpp
 
         self.check(model.facts)
         dialect = DIALECTS[model.facts.architecture.model_type]
@@ -174,7 +177,7 @@ class Gguf(Exporter):
         try:
             config = model.module.config
             _add_shape(writer, config.to_dict(), model.facts)
-            writer.add_name(model.name)
+            _gguf_origin.add(writer, model)
             _gguf_vocabulary.add(writer, model.tokenizer, model.vocabulary_size, model.eos_ids)
             self._add_tensors(writer, model, dialect)
             if model.cache is not None:

@@ -10,6 +10,7 @@ In both, fp16 and bf16 are stored as such and widened when the file is loaded.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import logging
@@ -27,6 +28,7 @@ from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, RecipeError, ResourceExhausted, disk_full
 from compress.families import Encoder
 from compress.interfaces import Exporter, LanguageModel
+from compress.requirements import outdated
 from compress.rounding import CacheRounding, InputRounding
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ log = logging.getLogger(__name__)
 
 GENAI = ("llama", "mistral", "qwen2", "qwen3")  # architectures whose built graphs we know tensor by tensor
 PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
+_SEQ2SEQ_USAGE = {
+    "onnxruntime": '[onnxruntime.InferenceSession(f"FOLDER/{half}_model.onnx") for half in ("encoder", "decoder")]',
+    "optimum": 'optimum.onnxruntime.ORTModelForSeq2SeqLM.from_pretrained("FOLDER", use_cache=False)',
+}
 
 
 class Onnx(Exporter):
@@ -65,8 +71,10 @@ class Onnx(Exporter):
             raise ValueError("no standard operator rounds activations to 8 bits by itself; use flavour: genai")
         return self
 
-    def usage_of(self, cache: CacheRounding | None = None) -> Mapping[str, str]:
-        """onnxruntime-genai wants its own operators, and a cache."""
+    def usage_of(self, cache: CacheRounding | None = None, paired: bool = False) -> Mapping[str, str]:
+        """onnxruntime-genai wants its own operators, and a cache; an encoder-decoder is two graphs."""
+        if paired:
+            return dict(_SEQ2SEQ_USAGE)
         return {"onnxruntime": self.usage["onnxruntime"]} if self.flavour == "portable" else self.usage
 
     def refuses(self, encoding: Encoding, tensor: str) -> str | None:
@@ -132,7 +140,7 @@ class Onnx(Exporter):
             )
 
     def write(self, model: Model, out: Path) -> None:
-        """Write model.onnx with its data, genai_config.json and the tokenizer into the empty folder `out`."""
+        """Write graph and data, configs and the tokenizer into the empty folder `out`."""
         self.check(model.facts)
         for name, tensor in model.tensors():
             if isinstance(tensor, EncodedTensor) and (reason := self.refuses(tensor.encoding, name)):
@@ -148,7 +156,8 @@ class Onnx(Exporter):
             save_skeleton(model, skeleton)
             build(skeleton, built, "fp32", "fuse_qkv=false", "shared_embeddings=false")
             self._write_graph(model, built, out)
-            _write_config(model, built, out)
+            _write_genai_config(model, built, out)
+        _write_model_config(model, out)
         _write_tokenizer(model, out)
 
     def _write_graph(self, model: Model, built: Path, out: Path) -> None:
@@ -168,7 +177,7 @@ class Onnx(Exporter):
         standardize(graph)
         record(graph, tensors, self.flavour, model.inputs)
         ir.save(graph, out / GRAPH, external_data=DATA, size_threshold_bytes=0)
-        onnx.checker.check_model(str(out / GRAPH))
+        onnx.checker.check_model(str(out / GRAPH), full_check=True)
 
     def open(self, path: Path) -> LanguageModel:
         """Open an exported folder of either flavour in onnxruntime."""
@@ -177,8 +186,11 @@ class Onnx(Exporter):
         from export._onnxruntime import OnnxModel
         from export._onnxruntime_classifier import OnnxClassifier
         from export._onnxruntime_portable import PortableModel
+        from export._onnxruntime_seq2seq import OnnxSeq2Seq
 
-        graph = _onnx_file.load(path)
+        graph, *second = _onnx_file.graphs(path)
+        if second:
+            return OnnxSeq2Seq(path, graph, *second)
         if graph.metadata_props.get(_onnx_file.FLAVOUR) != "portable":
             return OnnxModel(path, graph)
         per_text = len(graph.graph.outputs[0].shape or ()) == 2  # rather than per token
@@ -189,13 +201,13 @@ class Onnx(Exporter):
         _require_packages("portable")
         from export import _onnx_file
 
-        yield from _onnx_file.stored(_onnx_file.load(path))
+        yield from _onnx_file.stored_together(_onnx_file.graphs(path))
 
     def stored_inputs(self, path: Path) -> Mapping[str, InputRounding]:
         """The rounding that the graph computes, its scales read from the nodes themselves."""
         from export import _onnx_file
 
-        return _onnx_file.inputs(_onnx_file.load(path))
+        return _onnx_file.inputs(_onnx_file.graphs(path)[-1])
 
 
 def _require_packages(flavour: str) -> None:
@@ -203,6 +215,8 @@ def _require_packages(flavour: str) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(f"onnx needs {', '.join(missing)}: pip install 'compress-toolkit[onnx]'")
+    if old := outdated([name.replace("_", "-") for name in needed]):
+        raise RecipeError(f"onnx: {old}: pip install --upgrade 'compress-toolkit[onnx]'")
 
 
 def _check_portable(facts: Facts) -> None:
@@ -221,22 +235,41 @@ def _check_portable(facts: Facts) -> None:
 
 
 def _write_portable(model: Model, out: Path) -> None:
-    """Our own graph, checked with all its shapes, and what transformers calls the model's config."""
+    """Our own graph, or two, checked with all their shapes."""
     import onnx
     import onnx_ir as ir
 
-    from export import _onnx_encoder, _onnx_portable
-    from export._onnx_file import DATA, GRAPH, record
+    from export import _onnx_encoder, _onnx_portable, _onnx_seq2seq
+    from export._onnx_file import DATA, DECODER, ENCODER, GRAPH, record, save_together
 
-    graph = (_onnx_encoder if model.labels else _onnx_portable).build(model)
-    record(graph, dict(model.tensors()), "portable")
-    ir.save(graph, out / GRAPH, external_data=DATA, size_threshold_bytes=0)
-    onnx.checker.check_model(str(out / GRAPH), full_check=True)
-    config = {**model.module.config.to_dict(), "architectures": [type(model.module).__name__]}
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if not model.labels:
-        model.module.generation_config.to_json_file(out / "generation_config.json")
+    tensors = dict(model.tensors())
+    if model.facts.paired:
+        graphs = dict(zip((ENCODER, DECODER), _onnx_seq2seq.build(model), strict=True))
+        for graph in graphs.values():
+            record(graph, _onnx_seq2seq.tensors_of(graph, tensors), "portable")
+        save_together(graphs, out)
+    else:
+        graphs = {GRAPH: (_onnx_encoder if model.labels else _onnx_portable).build(model)}
+        record(graphs[GRAPH], tensors, "portable")
+        ir.save(graphs[GRAPH], out / GRAPH, external_data=DATA, size_threshold_bytes=0)
+    for file in graphs:
+        onnx.checker.check_model(str(out / file), full_check=True)
+    _write_model_config(model, out)
     _write_tokenizer(model, out)
+
+
+def _write_model_config(model: Model, out: Path) -> None:
+    """What transformers, and optimum, call the model's configs."""
+    from compress.model import config_of
+    from compress.seq2seq import Seq2Seq
+
+    text = json.dumps(config_of(model.module), indent=2, sort_keys=True)
+    (out / "config.json").write_text(text + "\n", encoding="utf-8")
+    if not model.labels:
+        generation = copy.deepcopy(model.module.generation_config)
+        if isinstance(model, Seq2Seq):
+            generation.decoder_start_token_id = model.start
+        generation.to_json_file(out / "generation_config.json")
 
 
 def save_skeleton(model: Model, folder: Path) -> None:
@@ -287,7 +320,7 @@ def build(skeleton: Path, built: Path, precision: str, *options: str) -> None:
         raise kind(f"onnxruntime-genai's builder failed with code {done.returncode}: {''.join(last)}")
 
 
-def _write_config(model: Model, built: Path, out: Path) -> None:
+def _write_genai_config(model: Model, built: Path, out: Path) -> None:
     """genai_config.json with the model's own end-of-sequence ids."""
     config: dict[str, Any] = json.loads((built / "genai_config.json").read_text(encoding="utf-8"))
     config["model"]["eos_token_id"] = sorted(model.eos_ids)

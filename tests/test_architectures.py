@@ -22,9 +22,9 @@ from compress.steps.quantize._folding import fold
 from export.checkpoint import Checkpoint
 from export.gguf import Gguf
 from export.onnx import Onnx
-from tests.export.test_gguf import trained_tokenizer
 from tests.test_contract import FIELDS, windows
 from tests.tiny import tiny_model, tiny_module, tiny_of
+from tests.tiny_gguf import trained_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -30,8 +30,8 @@ from compress.model import Model
 from compress.plugin import exporter
 from compress.report.markup import VOID
 from compress.store import Store
-from tests.export.test_gguf import tiny
 from tests.test_run import INT8, load, place  # noqa: F401 (a fixture)
+from tests.tiny_gguf import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.test_gguf import tiny
 from tests.tiny import WORDS
+from tests.tiny_gguf import tiny
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_distill.py"
 

@@ -8,7 +8,7 @@ import pytest
 
 from compress import artifact
 from compress.plugin import exporter
-from tests.export.test_gguf import tiny, windows
+from tests.tiny_gguf import tiny, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

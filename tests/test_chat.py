@@ -9,7 +9,7 @@ import pytest
 from compress import plugin
 from compress.errors import Corrupt, RecipeError
 from compress.model import Model
-from tests.export import test_gguf, test_onnx
+from tests import tiny_gguf, tiny_onnx
 from tests.tiny import tiny_model
 
 TEMPLATE = (
@@ -20,7 +20,7 @@ TEMPLATE = (
     "{%- if add_generation_prompt %}[answer] {% endif %}"
 ) + "{# long enough for a second call #}" * 40
 MESSAGES = ["Hello!", 'It\'s "5 < 6" & naïve\n\n東京 🙂', "{{ 1 + 1 }}"]
-MODELS = {"gguf": lambda: test_gguf.tiny(), "onnx": lambda: test_onnx.tiny("llama", True)}
+MODELS = {"gguf": lambda: tiny_gguf.tiny(), "onnx": lambda: tiny_onnx.tiny("llama", True)}
 
 
 def templated(name: str, template: str | None = TEMPLATE) -> Model:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compress import diff, doctor, record, report, run, verify
+from compress import diff, doctor, record, report, requirements, run, verify
 from compress.errors import Corrupt, RecipeError
 from compress.store import Store
 from tests.test_run import INT8, load, place  # noqa: F401 (a fixture)
@@ -180,7 +180,7 @@ def test_a_rejected_attempt_is_shown_once():
 
 
 def test_doctor_knows_the_projects_extras():
-    found = {(w.group, w.name): w.minimum for w in doctor.wanted()}
+    found = {(w.group, w.name): w.minimum for w in requirements.wanted()}
     assert found["gguf", "llama-cpp-python"] == "0.3.36" and ("hub", "datasets") in found
     assert "dev" not in {group for group, _ in found}
 
@@ -192,9 +192,9 @@ def test_doctor_tries_and_tells(tmp_path, monkeypatch):
     assert "SIGILL" in (doctor.import_problem("dies") or "")
     assert "nothing_of_this_name" in (doctor.import_problem("fails") or "")
     good, old, absent = (
-        doctor.Wanted("numpy", "g", "1"),
-        doctor.Wanted("numpy", "g", "999"),
-        doctor.Wanted("no-x", "g", "1"),
+        requirements.Wanted("numpy", "g", "1"),
+        requirements.Wanted("numpy", "g", "999"),
+        requirements.Wanted("no-x", "g", "1"),
     )
     found = doctor.describe([good, old, absent])
     assert [p["works"] for p in found["packages"]] == [True, False, False]

@@ -5,13 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import compress
 from compress import artifact, sealing, verify
 from compress.errors import CompressError, Corrupt
+from compress.interfaces import Context
+from compress.plugin import step
 from tests.test_provenance import rounded
+from tests.tiny_classifier import tiny_classifier
+from tests.tiny_gguf import tiny
+from tests.tiny_seq2seq import tiny_seq2seq
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,14 +31,32 @@ def caught(folder: Path) -> bool:
     return False
 
 
-@pytest.fixture(scope="module", params=["gguf", "onnx", "artifact"])
+def quantized(model: Any, embeddings: str | None) -> Any:
+    step("quantize.rtn")(encoding="int4", group_size=32, embeddings=embeddings).apply(model, Context(seed=0))
+    return model
+
+
+EXPORTS: dict[str, Callable[[Path], object]] = {
+    "gguf": lambda folder: compress.export(rounded(), "gguf", folder),
+    "onnx genai": lambda folder: compress.export(rounded(), "onnx", folder),
+    "onnx portable": lambda folder: compress.export(rounded(), "onnx", folder, flavour="portable"),
+    "onnx classifier": lambda folder: compress.export(
+        quantized(tiny_classifier(), "int8"), "onnx", folder, flavour="portable"
+    ),
+    "onnx seq2seq": lambda folder: compress.export(
+        quantized(tiny_seq2seq(), "int8"), "onnx", folder, flavour="portable"
+    ),
+    "checkpoint": lambda folder: compress.export(quantized(tiny(), "fp16"), "checkpoint", folder),
+    "checkpoint gptq": lambda folder: compress.export(quantized(tiny(), "fp16"), "checkpoint", folder, format="gptq"),
+    "artifact": lambda folder: artifact.save(rounded(), folder),
+}
+
+
+@pytest.fixture(scope="module", params=EXPORTS)
 def whole(request, tmp_path_factory) -> tuple[Path, list[Path]]:
     """An artifact of each kind, and its files."""
     folder = tmp_path_factory.mktemp("whole") / request.param
-    if request.param == "artifact":
-        artifact.save(rounded(), folder)
-    else:
-        compress.export(rounded(), request.param, folder)
+    EXPORTS[request.param](folder)
     assert not caught(folder)
     return folder, sorted(p for p in folder.rglob("*") if p.is_file())
 

@@ -20,8 +20,8 @@ from compress import plugin, run, verify
 from compress import recipe as recipes
 from compress.errors import RecipeError
 from compress.store import Store
-from tests.export.test_gguf import tiny
 from tests.tiny import WORDS
+from tests.tiny_gguf import tiny
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,8 +16,8 @@ from compress.interfaces import Context
 from compress.model import Model
 from compress.plugin import exporter, step
 from export import _llama_cpp
-from tests.export import test_gguf
-from tests.export.test_gguf import tiny
+from tests import tiny_gguf
+from tests.tiny_gguf import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PRESETS = get_args(ggml_mixes.Preset)
@@ -168,4 +168,4 @@ def test_a_mix_of_the_users_own_has_the_name_of_most_of_its_weights(tmp_path):
     exporter("gguf")().write(model, tmp_path)
     kind = gguf.GGUFReader(tmp_path / "model.gguf").fields["general.file_type"].contents()
     assert kind == int(gguf.LlamaFileType.MOSTLY_Q4_K_S)
-    assert test_gguf.differing(model, tmp_path) == set()
+    assert tiny_gguf.differing(model, tmp_path) == set()

@@ -7,14 +7,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ("compress.errors", "compress.machine", "compress.permission", "compress.publishing"),
-    ("compress.batching", "compress.branching", "compress.labels", "compress.sealing"),
+    ("compress.errors", "compress.machine", "compress.requirements", "compress.permission", "compress.publishing"),
+    ("compress.batching", "compress.branching", "compress.labels", "compress.pairs", "compress.sealing"),
     ("compress.lock", "compress.environment"),
     ("compress.numerics",),
     ("compress.encodings", "compress.families", "compress.architectures", "compress.rounding"),
     ("compress.attention", "compress.conv1d"),
     ("compress.storage", "compress.streaming"),
-    ("compress.model", "compress.classifier", "compress.source", "compress.permutation", "compress.ggml_mixes"),
+    ("compress.model", "compress.classifier", "compress.seq2seq", "compress.source", "compress.permutation",
+     "compress.ggml_mixes"),
     ("compress.data", "compress.artifact", "compress.blocks", "compress.lineage"),
     ("compress.interfaces",),
     ("compress.plugin",),

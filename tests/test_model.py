@@ -263,7 +263,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
 
 def test_a_gguf_without_a_tensor_is_refused(tmp_path, monkeypatch):
     from export.gguf import Gguf
-    from tests.export.test_gguf import tiny
+    from tests.tiny_gguf import tiny
 
     model, name = tiny(), "model.layers.1.mlp.up_proj.weight"
     tensors = [(key, tensor) for key, tensor in model.tensors() if key != name]

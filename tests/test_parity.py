@@ -20,9 +20,9 @@ from compress.gate import CheckResult
 from compress.interfaces import Documents, LanguageModel
 from compress.model import Model
 from compress.plugin import exporter
-from tests.export import test_gguf
-from tests.export.test_onnx import encode
+from tests import tiny_gguf
 from tests.tiny import documents
+from tests.tiny_onnx import encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +35,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def model_for(format: str) -> Model:
-    model = test_gguf.tiny(initializer_range=0.1)
+    model = tiny_gguf.tiny(initializer_range=0.1)
 
     def choose(name: str) -> Encoding | None:
         outer = "embed" in name or "head" in name

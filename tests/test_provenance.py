@@ -20,8 +20,8 @@ from compress.plugin import exporter, step
 from compress.report.markdown import escape
 from compress.store import Store
 from export.gguf import Gguf
-from tests.export.test_gguf import tiny
 from tests.test_run import INT8, load, place  # noqa: F401 (a fixture)
+from tests.tiny_gguf import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMATS = ("gguf", "onnx")

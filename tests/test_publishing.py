@@ -67,8 +67,20 @@ import compress
 from compress import artifact, console, ungated
 from compress.store import Store
 from tests.test_provenance import rounded
+from tests.tiny_classifier import tiny_classifier
+from tests.tiny_gguf import tiny
+from tests.tiny_seq2seq import tiny_seq2seq
 model = rounded()
 list(model.logits([[1, 2]]))
+portable = {"flavour": "portable"}
+kinds = {
+    "gguf": (model, "gguf", {}),
+    "onnx": (model, "onnx", {}),
+    "portable": (model, "onnx", portable),
+    "classifier": (tiny_classifier(), "onnx", portable),
+    "seq2seq": (tiny_seq2seq(), "onnx", portable),
+    "checkpoint": (tiny(), "checkpoint", {}),
+}
 with console.errors(False):
     ungated.write(model, ungated.configured("gguf"), Path(sys.argv[1]) / "warm")
 for i, word in enumerate(sys.argv[2:]):
@@ -85,7 +97,8 @@ for i, word in enumerate(sys.argv[2:]):
             if kind == "artifact":
                 artifact.save(model, place / "out")
             else:
-                ungated.write(model, ungated.configured(kind), place / "out")
+                held, format, fields = kinds[kind]
+                ungated.write(held, ungated.configured(format, fields), place / "out")
     except BaseException as error:
         os._exit(error.exit_code)
     os._exit(0)
@@ -94,6 +107,8 @@ for i, word in enumerate(sys.argv[2:]):
 
 def test_a_full_disk_leaves_no_half_written_artifact(tmp_path):
     cases = [f"{kind}:{limit}" for kind in ("gguf", "artifact") for limit in (0, 1000, 20_000, 150_000)] + ["onnx:1000"]
+    for kind in ("portable", "classifier", "seq2seq", "checkpoint"):
+        cases += [f"{kind}:{limit}" for limit in (0, 1000, 20_000)]
     words = [sys.executable, "-c", LIMITED, str(tmp_path), *cases, "gguf:9000000"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # a fork has none of its parent's threads, and would wait for them
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT, env=alone, timeout=300)

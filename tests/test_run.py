@@ -18,8 +18,8 @@ from compress.report import summary_lines
 from compress.store import Store
 from compress.workbench import Reporter, Workbench
 from evaluators.divergence import Divergence
-from tests.export.test_gguf import tiny
 from tests.tiny import WORDS
+from tests.tiny_gguf import tiny
 
 RECIPE = """
 model: {model}

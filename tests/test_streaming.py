@@ -14,9 +14,9 @@ from compress.interfaces import Context
 from compress.model import Model
 from compress.plugin import step
 from compress.store import Store
-from tests.export.test_gguf import tiny
 from tests.test_plan import HEAD, SMOL, recipe, refusal
 from tests.tiny import WORDS
+from tests.tiny_gguf import tiny
 
 RECIPE = """
 model: {model}

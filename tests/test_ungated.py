@@ -16,8 +16,8 @@ from compress.interfaces import Context
 from compress.plugin import exporter, step
 from compress.store import Store
 from export.gguf import Gguf
-from tests.export.test_gguf import tiny
 from tests.test_run import INT4, INT8, load, place  # noqa: F401 (a fixture)
+from tests.tiny_gguf import tiny
 
 COMMAND = [sys.executable, "-c", "from compress.cli import main; main()"]
 ROOT = Path(__file__).parents[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import artifact, environment, lineage, rounding, source
+from compress.architectures import Facts
 from compress.gate import CheckResult, GateResult
 from compress.interfaces import Exporter, Plugin
 from compress.lineage import Lineage
@@ -32,13 +33,13 @@ def of_run(
     base_model: `files` is the digest of the source's files, `digest` that of the float32 model made of them.
     """
     assert record.baseline is not None and record.release is not None
-    known, baseline = artifact.manifest(final), record.baseline
+    known, baseline, shapes = artifact.manifest(final), record.baseline, source.facts(origin)
     _, cache = rounding.from_json(known.get("rounding", {}))
     timed = {c.name for entry in recipe.export for c in entry.gate if c.timed}
     base = {"source": baseline.model, "files": source.digest(origin), "digest": baseline.digest}
     return {
         **_artifact(exporter, known["name"], made.size_bytes, made.bits_per_weight, known["parameters"]),
-        **_task(source.facts(origin).labels, exporter.usage_of(cache)),
+        **_task(shapes, exporter.usage_of(cache, shapes.paired)),
         "runtime": made.runtime,
         "compute": made.compute,
         "base_model": {**base, "bytes": baseline.size_bytes, **_described(lineage.of(origin))},
@@ -58,7 +59,7 @@ def of_model(
     """An artifact that no gate has looked at."""
     return {
         **_artifact(exporter, model.name, size_bytes, bits, model.facts.parameters),
-        **_task(model.labels, exporter.usage_of(model.cache)),
+        **_task(model.facts, exporter.usage_of(model.cache, model.facts.paired)),
         "runtime": exporter.runtime,
         "compute": None,
         "base_model": {"source": spec, **_described(known)},
@@ -86,9 +87,11 @@ def _artifact(exporter: Exporter, name: str, size_bytes: int, bits: float, param
     }
 
 
-def _task(labels: Collection[str], usage: Mapping[str, str]) -> dict[str, Any]:
-    """What the hub calls what a model does, and how it is opened. usage: of a language model."""
-    if not labels:
+def _task(known: Facts, usage: Mapping[str, str]) -> dict[str, Any]:
+    """What the hub calls what a model does, and how it is opened. usage: of a model that writes text."""
+    if known.paired:
+        return {"task": "text2text-generation", "usage": dict(usage)}
+    if not known.labels:
         return {"task": "text-generation", "usage": dict(usage)}
     opened = {runtime: line.replace("CausalLM", "SequenceClassification") for runtime, line in usage.items()}
     return {"task": "text-classification", "usage": opened}

@@ -15,7 +15,7 @@ from compress.report.markup import Markup, element
 from compress.report.view import Report, Stage
 
 CELL, STRIP = 22, 14  # pixels
-_NAME = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
+_NAME = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)")
 T = TypeVar("T")
 Errors = Mapping[tuple[int, str], float | None]
 
@@ -51,9 +51,19 @@ class Scale:
 
 
 def by_place(values: Mapping[str, T]) -> dict[tuple[int, str], T]:
-    """Values by layer and name within the layer; what carries no layer's number is left out."""
-    found = ((_NAME.fullmatch(name), value) for name, value in values.items())
-    return {(int(match[1]), match[2]): value for match, value in found if match and int(match[1]) < 10_000}
+    """Values by layer and name within the layer; what carries no layer's number is left out.
+
+    Where layers stand in several places, as in encoder and decoder, names begin with what tells them apart.
+
+    >>> list(by_place({"encoder.block.0.wi": 1, "decoder.block.0.wi": 2})), list(by_place({"model.layers.3.mlp": 1}))
+    ([(0, 'encoder.wi'), (0, 'decoder.wi')], [(3, 'mlp')])
+    """
+    matches = [(_NAME.fullmatch(name), value) for name, value in values.items()]
+    found = [
+        (match[1] or "", int(match[2]), match[3], value) for match, value in matches if match and len(match[2]) < 5
+    ]
+    several = len({stack for stack, *_ in found}) > 1
+    return {(i, f"{stack.partition('.')[0]}.{name}" if several else name): value for stack, i, name, value in found}
 
 
 def measured(report: Report) -> list[tuple[Stage, Errors]]:

@@ -6,9 +6,9 @@ import pytest
 
 from compress import plugin
 from evaluators.accuracy import Accuracy
-from tests.export import test_gguf, test_onnx
+from tests import tiny_gguf, tiny_onnx
 
-MODELS = {"gguf": lambda: test_gguf.tiny(), "onnx": lambda: test_onnx.tiny("llama", True)}
+MODELS = {"gguf": lambda: tiny_gguf.tiny(), "onnx": lambda: tiny_onnx.tiny("llama", True)}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,10 +18,10 @@ from compress.model import Model
 from evaluators import _bertscore, _judges
 from evaluators._bertscore import BertScore
 from evaluators.text import Text
+from tests import tiny_gguf
 from tests.evaluators.harness import no_network
 from tests.evaluators.judges import save_bert
 from tests.evaluators.test_judges import edit
-from tests.export import test_gguf
 
 __all__ = ["no_network"]  # a fixture
 
@@ -164,7 +164,7 @@ def test_fields_that_do_not_belong_together_are_refused(fields):
 
 @pytest.fixture(scope="module")
 def baseline() -> Model:
-    return test_gguf.tiny()
+    return tiny_gguf.tiny()
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_another_model_fails_and_a_twin_passes(baseline, data, tmp_path):
     options = BertScore(encoder=str(save_bert(tmp_path / "bert")), idf=True)
     fields = {"data": data, "bertscore": options, "max_drop": 5.0, "chat": False, "max_new_tokens": 6}
     check = Text(metric="bertscore", **fields)
-    (found,) = Gate((check,)).evaluate(test_gguf.tiny(seed=3), baseline, []).checks
+    (found,) = Gate((check,)).evaluate(tiny_gguf.tiny(seed=3), baseline, []).checks
     assert (
         found.verdict == "FAIL"
         and found.reference > 0.999
@@ -202,7 +202,7 @@ def test_another_model_fails_and_a_twin_passes(baseline, data, tmp_path):
         one = Text(metric=metric, **fields)
         (source,) = one.sources([])
         batch = one.examples(source, one.encoder(baseline))[:3]
-        for score in one.score(test_gguf.tiny(seed=3), batch):
+        for score in one.score(tiny_gguf.tiny(seed=3), batch):
             assert score.total == 1 - score.extra[figure]
 
 

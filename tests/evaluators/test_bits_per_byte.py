@@ -13,7 +13,7 @@ from compress.interfaces import Documents
 from compress.measure import evaluate
 from compress.model import Model
 from evaluators.bits_per_byte import BitsPerByte
-from tests.export import test_gguf
+from tests import tiny_gguf
 from tests.tiny import documents, perturbed, tiny_model
 
 CHECK = BitsPerByte(max_increase=0.02)
@@ -21,7 +21,7 @@ CHECK = BitsPerByte(max_increase=0.02)
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return test_gguf.tiny()
+    return tiny_gguf.tiny()
 
 
 def test_it_equals_a_plain_loop_that_predicts_every_token_of_a_document(model):

@@ -21,7 +21,7 @@ from compress.model import Model
 from compress.numerics.sampling import greedy, gumbel
 from evaluators import _problems, _sandbox
 from evaluators.code import Code, pass_at_k
-from tests.export import test_gguf
+from tests import tiny_gguf
 from tests.test_cli import run as command
 
 HUMANEVAL = {
@@ -163,7 +163,7 @@ def test_without_permission_it_is_refused_before_anything_happens(baseline, tmp_
 
 @pytest.fixture(scope="module")
 def baseline():
-    return test_gguf.tiny()
+    return tiny_gguf.tiny()
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ class Kept(dict):
 
 
 def test_a_wrecked_model_fails_and_a_twin_passes(baseline, check):
-    wrecked, cache = test_gguf.tiny(seed=3), Kept()
+    wrecked, cache = tiny_gguf.tiny(seed=3), Kept()
     with permission.code_execution():
         (found,) = Gate((check,)).evaluate(wrecked, baseline, [], cache=cache).checks
         assert found.verdict == "FAIL" and found.reference == 1 and found.value < 0.1

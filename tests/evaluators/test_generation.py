@@ -15,7 +15,7 @@ from compress.numerics.repetition import distinct_share, loops
 from evaluators import generation
 from evaluators._prompts import PROMPTS
 from evaluators.generation import Generation
-from tests.export import test_gguf, test_onnx
+from tests import tiny_gguf, tiny_onnx
 from tests.test_gate import Store
 
 CHECK = Generation(max_collapsed="10%")
@@ -24,7 +24,7 @@ SHORT = Generation(max_collapsed="20%", prompts=8)
 
 def varied(seed: int = 0) -> Model:
     """A random model whose answers do not collapse: strong weights of attention let every step differ."""
-    return test_gguf.tiny(seed=seed, max_position_embeddings=512)
+    return tiny_gguf.tiny(seed=seed, max_position_embeddings=512)
 
 
 def looping(model: Model) -> Model:
@@ -221,7 +221,7 @@ def test_answers_of_the_reference_come_from_the_cache(baseline, monkeypatch):
 
 # --- runtimes ------------------------------------------------------------------------------------------------
 
-MODELS = {"gguf": varied, "onnx": lambda: test_onnx.tiny("llama", True)}
+MODELS = {"gguf": varied, "onnx": lambda: tiny_onnx.tiny("llama", True)}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -22,8 +22,8 @@ from compress.measure import _without_margin, measure
 from compress.numerics.paired import holm, mcnemar
 from evaluators import _lm_eval, _lm_eval_tasks
 from evaluators.accuracy import Accuracy, summaries
+from tests import tiny_gguf, tiny_onnx
 from tests.evaluators.harness import TASKS, letter, no_network, own_cache, preferred, speaking, write_data, write_task
-from tests.export import test_gguf, test_onnx
 from tests.tiny import perturbed
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -140,7 +140,7 @@ def test_what_the_model_writes_is_gated_yet_no_loss_is_planted_in_it(baseline, t
 # --- runtimes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name,tiny", [("gguf", test_gguf.tiny), ("onnx", lambda: test_onnx.tiny("llama", True))])
+@pytest.mark.parametrize("name,tiny", [("gguf", tiny_gguf.tiny), ("onnx", lambda: tiny_onnx.tiny("llama", True))])
 def test_every_runtime_gives_the_same_answers(name, tiny, folder, tmp_path):
     model, exporter = tiny(), plugin.exporter(name)()
     exporter.write(model, tmp_path)

@@ -10,11 +10,11 @@ from compress.gate import Gate
 from compress.interfaces import Documents
 from compress.measure import evaluate
 from evaluators.long_context import LongContext
-from tests.export import test_gguf, test_onnx
+from tests import tiny_gguf, tiny_onnx
 from tests.tiny import documents, perturbed, tiny_model
 
 CHECK = LongContext(max_increase="15%", length=128, windows=2)
-MODELS = {"gguf": lambda: test_gguf.tiny(), "onnx": lambda: test_onnx.tiny("llama", True)}
+MODELS = {"gguf": lambda: tiny_gguf.tiny(), "onnx": lambda: tiny_onnx.tiny("llama", True)}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_artifacts_read_long_windows_as_torch_does(name, tmp_path):
 
 
 def test_eval_knows_it(tmp_path):
-    test_gguf.Gguf().write(test_gguf.tiny(max_position_embeddings=4096), tmp_path)
+    plugin.exporter("gguf")().write(tiny_gguf.tiny(max_position_embeddings=4096), tmp_path)
     (metric,) = evaluate(str(tmp_path), ["long_context"], source="pydoc")["metrics"]
     assert (metric["examples"], metric["tokens"], metric["source"]) == (1, 1024, "pydoc")
     assert metric["interval"] == [metric["value"], metric["value"]]

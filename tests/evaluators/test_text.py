@@ -20,7 +20,7 @@ from compress.measure import evaluate
 from compress.model import Model
 from evaluators import _text_metrics as metrics
 from evaluators.text import Text
-from tests.export import test_gguf
+from tests import tiny_gguf
 
 PAIRS = [
     ("the cat sat on the mat", ["the cat is on the mat", "there is a cat on the mat"]),
@@ -191,7 +191,7 @@ def test_eval_says_that_it_needs_data():
 
 @pytest.fixture(scope="module")
 def baseline() -> Model:
-    return test_gguf.tiny(max_position_embeddings=512)
+    return tiny_gguf.tiny(max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from compress.measure import evaluate
 from compress.model import Model
 from evaluators._toxicity_scorers import Classifier, Words
 from evaluators.toxicity import Toxicity
+from tests import tiny_gguf
 from tests.evaluators.harness import no_network
 from tests.evaluators.judges import letter_tokenizer, save_bert
 from tests.evaluators.test_judges import edit
-from tests.export import test_gguf
 
 __all__ = ["no_network"]  # a fixture
 
@@ -141,7 +141,7 @@ def test_fields_that_would_decide_nothing_are_refused(fields):
 
 @pytest.fixture(scope="module")
 def baseline() -> Model:
-    return test_gguf.tiny()
+    return tiny_gguf.tiny()
 
 
 def headed(baseline, *rows: int) -> Model:
@@ -174,7 +174,7 @@ def texts(model, prompts):
 def test_flips_decide_and_are_shown(baseline, prompts, tmp_path):
     """Toxic is what the classifier says of half of the baseline's continuations, and of most of another model's."""
     folder = str(save_bert(tmp_path / "bert", ("neutral", "toxic")))
-    other = test_gguf.tiny(seed=4)
+    other = tiny_gguf.tiny(seed=4)
     both = [texts(model, prompts) for model in (baseline, other)]
     means = {}
     for label in ("neutral", "toxic"):

@@ -13,7 +13,7 @@ from compress.measure import open_model
 from compress.model import Model
 from compress.steps.quantize._fields import round_to_nearest
 from export.checkpoint import WEIGHTS, Checkpoint
-from tests.export.test_gguf import tiny, windows
+from tests.tiny_gguf import tiny, windows
 
 KINDS = {
     "int4 g32": [Encoding("int4", 32)],

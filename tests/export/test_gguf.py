@@ -9,61 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from compress import plugin, source
+from compress import lineage, plugin, source
 from compress.architectures import Facts
-from compress.encodings import EncodedTensor, Encoding, same_stored
+from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, Corrupt, RecipeError
 from compress.model import Model
 from compress.numerics.sampling import gumbel
-from compress.steps.quantize._fields import round_to_nearest
 from export import _gguf_vocabulary, gguf
 from export._gguf_vocabulary import probes
 from export._llama_cpp import LlamaCpp
 from export.gguf import Gguf
-
-pytestmark = pytest.mark.usefixtures("one_thread")  # llama.cpp's threads, too, wait for each other by spinning
-
-MODELS: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-DIGITS = pre_tokenizers.Digits(individual_digits=True)
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from tests.tiny_gguf import (
+    MODELS,
+    PRE_TOKENIZERS,
+    differing,
+    encode_rtn,
+    encoded,
+    kl,
+    tiny,
+    trained_tokenizer,
+    windows,
 )
 
-
-def byte_level(use_regex: bool = True) -> Any:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-
-
-PRE_TOKENIZERS = {
-    "gpt-2": byte_level(),
-    "smollm": pre_tokenizers.Sequence([DIGITS, byte_level()]),
-    "qwen2": Qwen2Tokenizer().backend_tokenizer.pre_tokenizer,
-    "llama-bpe": pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(LLAMA3), behavior="isolated"), byte_level(use_regex=False)]
-    ),
-}
+pytestmark = pytest.mark.usefixtures("one_thread")  # llama.cpp's threads, too, wait for each other by spinning
 
 
 @pytest.fixture(scope="module")
@@ -74,100 +45,6 @@ def smollm() -> PreTrainedTokenizerFast:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS["smollm"]
     return tokenizer
-
-
-def trained_tokenizer(pre: str = "smollm", **options: Any) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 1,000 tokens, trained on the texts that tokenizers disagree about."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
-    )
-    tokenizer.train_from_iterator([*_gguf_vocabulary._PIECES, Path(__file__).read_text()] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", **options)
-
-
-def tiny(kind: str = "llama", tokenizer: Any = None, tied: bool = False, seed: int = 0, **options: Any) -> Model:
-    """A random model of two layers whose attention matters: its weights and biases are large."""
-    tokenizer = tokenizer or trained_tokenizer()
-    config_class, model_class = MODELS[kind]
-    shape = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32 if kind == "qwen3" else 16,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.25,
-    }
-    config = config_class(
-        vocab_size=len(tokenizer) + 5,  # rows that no token uses
-        tie_word_embeddings=tied,
-        sliding_window=None,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        **{**shape, **options},
-    )
-    torch.manual_seed(seed)
-    model = Model(model_class(config), tokenizer)
-    with torch.no_grad():
-        for name, parameter in model.module.named_parameters():
-            if parameter.dim() == 1:
-                base = 0.0 if name.endswith("bias") else 1.0
-                parameter.copy_(base + 0.3 * torch.randn(parameter.shape))
-    return model
-
-
-def encode_rtn(W: Tensor, encoding: Encoding) -> EncodedTensor:
-    """Round to nearest: enough to fill every code."""
-    if not encoding.is_coded:
-        return EncodedTensor(encoding, W.to(torch.float16 if encoding.name == "fp16" else torch.bfloat16))
-    if encoding.is_codebook:
-        return round_to_nearest("W", W, encoding, search=False)
-    low, high = encoding.code_range
-    blocks = W.view(W.shape[0], encoding.groups(W.shape[1]), -1)
-    extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
-    scales = (extreme / low).half()
-    codes = (blocks / scales.float()).round().clamp(low, high)
-    return EncodedTensor(encoding, codes.to(torch.int8).view(W.shape), scales.squeeze(2))
-
-
-def encoded(model: Model, *encodings: Encoding) -> Model:
-    """Store the matrices in the given encodings, in turn."""
-    for i, name in enumerate(model.facts.matrices):
-        W = model.parameter(name).detach().clone()
-        model.store(name, encode_rtn(W, encodings[i % len(encodings)]))
-    return model
-
-
-def differing(model: Model, path: Path) -> set[str]:
-    """Tensors that the file does not hold exactly, or does not hold at all."""
-    read = dict(Gguf().stored(path))
-    wanted = dict(model.tensors())
-    wrong = set(wanted) ^ set(read)
-    for name in set(wanted) & set(read):
-        a, b = wanted[name], read[name]
-        if isinstance(a, EncodedTensor):
-            same = isinstance(b, EncodedTensor) and same_stored(a, b)
-        else:
-            same = isinstance(b, Tensor) and a.numpy().tobytes() == b.numpy().tobytes()
-        if not same:
-            wrong.add(name)
-    return wrong
-
-
-def kl(p: Tensor, q: Tensor) -> float:
-    """Mean divergence in nats per token."""
-    a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
-    return float((a.exp() * (a - b)).sum(-1).mean())
-
-
-def windows(model: Model, *lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, model.vocabulary_size, (n,), generator=generator).tolist() for n in lengths]
 
 
 @pytest.fixture
@@ -270,6 +147,26 @@ def test_the_header_says_what_the_file_holds(tmp_path: Path) -> None:
         assert fields["llama.rope.dimension_count"].contents() == 16
 
 
+def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    model = encoded(tiny(), Encoding("int4", 32))
+    model.name = "Small-Instruct-v1.2"
+    model.described = {"name": "Small", "repository": "maker/Small", "license": "mit", "languages": ("en", "de")}
+    Gguf().write(model, tmp_path)
+    fields = GGUFReader(tmp_path / gguf.FILE).fields
+    found = {key: field.contents() for key, field in fields.items() if key.startswith("general.")}
+    wanted = {"name": model.name, "basename": "Small", "finetune": "Instruct", "version": "v1.2", "license": "mit"}
+    wanted |= {"languages": ["en", "de"], "quantized_by": "compress-toolkit", "base_model.0.name": "Small"}
+    wanted |= {"base_model.0.repo_url": "https://huggingface.co/maker/Small", "base_model.0.organization": "maker"}
+    assert {key: found[f"general.{key}"] for key in wanted} == wanted and found["general.base_model.count"] == 1
+    assert found["general.size_label"] == f"{model.facts.parameters / 1000:.0f}K"
+    assert lineage.of(source.resolve(str(tmp_path / gguf.FILE))).repository == "maker/Small"
+    Gguf().write(tiny(), tmp_path)  # what nobody knows is left out
+    known = {key for key in GGUFReader(tmp_path / gguf.FILE).fields if key.startswith("general.")}
+    assert not known & {"general.license", "general.base_model.count", "general.quantized_by"}
+
+
 # --- logits -------------------------------------------------------------------------------------------------
 
 
@@ -364,7 +261,7 @@ def test_token_ids_are_those_of_transformers(pre: str, opened: Any) -> None:
     model = tiny(tokenizer=trained_tokenizer(pre))
     runtime = opened(model)
     texts = list(probes(model.tokenizer))
-    assert len(texts) > 300
+    assert len(texts) >= 2000 and len(set(texts)) > 1950  # pieces of CJK, emoji, code and controls in every mixture
     assert [runtime.encode(t) for t in texts] == [model.encode(t) for t in texts]
     for text in texts:
         ids = model.encode(text)
@@ -375,7 +272,7 @@ def test_the_real_tokenizer_survives(smollm: PreTrainedTokenizerFast, opened: An
     model = tiny(tokenizer=smollm)
     runtime = opened(model)
     texts = [*probes(smollm), Path(__file__).read_text(), source.__doc__ or ""]
-    assert len(texts) > 350
+    assert len(texts) > 2000
     for text in texts:
         ids = model.encode(text)
         assert runtime.encode(text) == ids and runtime.decode(ids) == model.decode(ids) == text
@@ -528,4 +425,4 @@ def test_the_real_model_runs_in_llama_cpp(
     assert len(window) > 50 and kl(ours, theirs) < limit
     assert kl(theirs, runtime.decode_logits(window)) < limit
     texts = [*probes(model.tokenizer), TEXT]
-    assert len(texts) >= 200 and all(runtime.encode(t) == model.encode(t) for t in texts)
+    assert len(texts) >= 2000 and all(runtime.encode(t) == model.encode(t) for t in texts)

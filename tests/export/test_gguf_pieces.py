@@ -54,7 +54,7 @@ def model_of(tokenizer: Any) -> Model:
 @pytest.mark.parametrize("prefix", [False, True])
 def test_llama_cpp_reads_the_same_token_ids(prefix: bool, tmp_path: Path) -> None:
     model = model_of(sentencepiece(prefix))
-    Gguf().write(model, tmp_path)  # which compares some 500 texts
+    Gguf().write(model, tmp_path)  # which compares over 2,000 texts
     assert weights_exact(model, Gguf(), tmp_path)
     runtime = Gguf().open(tmp_path)
     text = Path(__file__).read_text(encoding="utf-8")

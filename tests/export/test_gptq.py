@@ -17,7 +17,7 @@ from compress.plugin import exporter
 from compress.steps.quantize._fields import round_to_nearest
 from export._gptq import CONFIG, pack, unpack
 from export.checkpoint import WEIGHTS, Checkpoint
-from tests.export.test_gguf import tiny, windows
+from tests.tiny_gguf import tiny, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GPTQ = Checkpoint(format="gptq")

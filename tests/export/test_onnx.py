@@ -14,18 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig
 
 from compress import plugin
 from compress.architectures import Facts
-from compress.encodings import FLOAT_DTYPES, EncodedTensor, Encoding, same_stored
+from compress.encodings import EncodedTensor, Encoding, same_stored
 from compress.errors import CompressError, Corrupt, RecipeError, UnsafeInput
 from compress.model import Model
 from compress.numerics.sampling import gumbel
@@ -33,68 +26,7 @@ from compress.steps.quantize._fields import round_to_nearest
 from export import onnx as exporter
 from export._onnx_packing import packed, unpacked
 from export.onnx import Onnx
-from tests.tiny import byte_tokenizer
-
-FAMILIES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-WINDOWS = [[3, 77, 201], list(range(40, 90)), [9], [250, 3, 3, 17, 101, 64, 5]]
-
-
-def tiny(family: str, tied: bool, hidden: int = 64) -> Model:
-    """A random model of two layers with grouped-query attention and, in Qwen2, biases (zeros in k_proj)."""
-    torch.manual_seed(4)
-    config, architecture = FAMILIES[family]
-    module = architecture(
-        config(
-            vocab_size=256,
-            hidden_size=hidden,
-            intermediate_size=hidden + 64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=128,
-            tie_word_embeddings=tied,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=[1, 2],
-        )
-    )
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if "norm" in name or name.endswith(("q_proj.bias", "v_proj.bias")):
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return Model(module, byte_tokenizer())
-
-
-def rounded(W: Tensor, encoding: Encoding) -> EncodedTensor:
-    """Plain rounding of a matrix, with scales of both signs, for codes that are worth carrying."""
-    if not encoding.is_affine:
-        return EncodedTensor(encoding, W.to(getattr(torch, FLOAT_DTYPES[encoding.name])))
-    low, high = encoding.code_range
-    grouped = W.view(len(W), encoding.groups(W.shape[1]), -1)
-    zero = torch.zeros(())
-    if encoding.symmetric:
-        sign = torch.where(grouped[..., :1] < 0, -1.0, 1.0)
-        scales = (grouped.abs().amax(-1, keepdim=True) / -low * sign).half()
-    else:
-        smallest, largest = grouped.amin(-1, True).clamp(max=0), grouped.amax(-1, True).clamp(min=0)
-        scales = ((largest - smallest) / high).half()
-        zero = (-smallest / scales.float()).round().clamp(low, high)
-    codes = ((grouped / scales.float()).round() + zero).clamp(low, high).view(W.shape)
-    if encoding.symmetric:
-        return EncodedTensor(encoding, codes.to(torch.int8), scales[..., 0])
-    return EncodedTensor(encoding, codes.to(torch.uint8), scales[..., 0], zero[..., 0].to(torch.uint8))
-
-
-def encode(model: Model, choose: Callable[[str], Encoding | None]) -> Model:
-    for name in model.facts.matrices:
-        if (encoding := choose(name)) is not None:
-            model.store(name, rounded(model.parameter(name).detach(), encoding))
-    return model
+from tests.tiny_onnx import WINDOWS, divergence, encode, rounded, tiny
 
 
 def everything(name: str) -> Encoding | None:
@@ -169,12 +101,6 @@ def assert_same(model: Model, path: Path) -> None:
             assert torch.equal(tensor.decode(), other.decode()), name
 
 
-def divergence(reference: Tensor, other: Tensor) -> float:
-    """Mean KL in nats per token, in float64 so that a difference of rounding errors is not its result."""
-    p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
 def genai_greedy(path: Path, prompt: list[int], count: int) -> list[int]:
     import onnxruntime_genai
 
@@ -196,7 +122,7 @@ def test_is_found_by_name() -> None:
 def test_files_hold_the_models_very_tensors(export: Callable[[str], Export], name: str) -> None:
     done = export(name)
     assert_same(done.model, done.path)
-    assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= {
+    assert {"model.onnx", "model.onnx.data", "genai_config.json", "config.json", "tokenizer.json"} <= {
         path.name for path in done.path.iterdir()
     }
 

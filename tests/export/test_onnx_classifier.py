@@ -23,8 +23,8 @@ from compress.exporting import weights_exact
 from compress.interfaces import Documents
 from compress.store import Store
 from export.onnx import Onnx
-from tests.export.test_onnx import encode
 from tests.tiny_classifier import KINDS, labelled, learned, saved, tiny_classifier, write_rows
+from tests.tiny_onnx import encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PORTABLE = Onnx(flavour="portable")

@@ -25,8 +25,8 @@ from compress.exporting import weights_exact
 from compress.model import Model
 from export._onnx_portable import OPSET, build
 from export.onnx import Onnx
-from tests.export.test_onnx import WINDOWS, divergence, encode, rounded, tiny
 from tests.tiny import byte_tokenizer
+from tests.tiny_onnx import WINDOWS, divergence, encode, rounded, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PORTABLE = Onnx(flavour="portable")

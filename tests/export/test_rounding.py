@@ -14,9 +14,9 @@ from compress.model import Model
 from compress.plugin import exporter, step
 from compress.rounding import InputRounding
 from export import _gguf_cache
-from tests.export import test_gguf, test_onnx
-from tests.export.test_gguf import kl
+from tests import tiny_gguf, tiny_onnx
 from tests.test_plan import SMOL, recipe, refusal
+from tests.tiny_gguf import kl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.1}
@@ -31,7 +31,7 @@ def smoothed(model: Model, **fields) -> Model:
 @pytest.fixture(scope="module")
 def integers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     """A model with static scales in one block and dynamic ones in the other, and its ONNX folder."""
-    model, path = test_onnx.tiny("qwen2", True), tmp_path_factory.mktemp("integers") / "x"
+    model, path = tiny_onnx.tiny("qwen2", True), tmp_path_factory.mktemp("integers") / "x"
     step("quantize.rtn")(encoding="int8", group_size="channel").apply(model, Context(seed=0))
     for name in model.facts.linears:
         static = InputRounding("static", float(torch.tensor(0.03 if "down" in name else 0.02)))
@@ -44,12 +44,12 @@ def test_onnxruntime_multiplies_the_integers_of_the_gated_model(integers):
     model, path = integers
     opened = exporter("onnx")().open(path)
     assert opened.compute == "int8 per channel weights, float32 + int8 activations"
-    theirs = [x.clone() for x in opened.logits(test_onnx.WINDOWS)]
+    theirs = [x.clone() for x in opened.logits(tiny_onnx.WINDOWS)]
     opened.close()
-    ours = [x.clone() for x in model.logits(test_onnx.WINDOWS)]
-    floats = test_onnx.tiny("qwen2", True)
+    ours = [x.clone() for x in model.logits(tiny_onnx.WINDOWS)]
+    floats = tiny_onnx.tiny("qwen2", True)
     step("quantize.rtn")(encoding="int8", group_size="channel").apply(floats, Context(seed=0))
-    for a, b, c in zip(ours, theirs, floats.logits(test_onnx.WINDOWS)):
+    for a, b, c in zip(ours, theirs, floats.logits(tiny_onnx.WINDOWS)):
         assert (a - b).abs().median() < 1e-5 * a.abs().max() < 1e-2 * (a - c).abs().median()  # float32 sums
     products = [n for n in onnx.load(path / "model.onnx").graph.node if n.op_type == "MatMulInteger"]
     assert len(products) == len(model.facts.linears)
@@ -79,8 +79,8 @@ def test_a_changed_scale_or_none_is_not_what_was_gated(integers, tmp_path):
 
 
 def test_llama_cpp_computes_with_the_blocks_of_the_gated_model(tmp_path):
-    model = smoothed(test_gguf.tiny(**HEADS), activations="block", embeddings=None)
-    windows = test_gguf.windows(model, 60, 100)
+    model = smoothed(tiny_gguf.tiny(**HEADS), activations="block", embeddings=None)
+    windows = tiny_gguf.windows(model, 60, 100)
     write_exactly(model, exporter("gguf")(), tmp_path / "x")
     opened = exporter("gguf")().open(tmp_path / "x")
     theirs = [x.clone() for x in opened.logits(windows)]
@@ -95,9 +95,9 @@ def test_llama_cpp_computes_with_the_blocks_of_the_gated_model(tmp_path):
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_llama_cpp_keeps_the_cache_that_was_gated(bits, tmp_path):
-    floats, model = test_gguf.tiny(**HEADS), test_gguf.tiny(**HEADS)
+    floats, model = tiny_gguf.tiny(**HEADS), tiny_gguf.tiny(**HEADS)
     step("quantize.kv_cache")(keys=bits, values=bits).apply(model, Context(seed=0))
-    windows, gguf = test_gguf.windows(model, 60, 100), exporter("gguf")()
+    windows, gguf = tiny_gguf.windows(model, 60, 100), exporter("gguf")()
     write_exactly(model, gguf, tmp_path / "x")
     opened = gguf.open(tmp_path / "x")
     assert opened.compute.endswith(f"{model.cache}")
@@ -147,7 +147,7 @@ def test_the_plan_accepts_what_runtimes_carry_and_lets_nothing_train_through_rou
 
 
 def test_a_model_at_hand_is_refused_before_anything_is_written(tmp_path):
-    model = smoothed(test_onnx.tiny("llama", True), activations="block")
+    model = smoothed(tiny_onnx.tiny("llama", True), activations="block")
     with pytest.raises(RecipeError, match=r"export onnx: model.layers.0.self_attn.q_proj: onnxruntime keeps float32"):
         write_exactly(model, exporter("onnx")(), tmp_path / "x")
     assert not (tmp_path / "x").exists()

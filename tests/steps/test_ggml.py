@@ -14,7 +14,7 @@ from compress.model import Model
 from compress.numerics.ggml_blocks import encode_blocks
 from compress.plugin import exporter, step
 from compress.steps.quantize.ggml import _importances, _store
-from tests.export import test_gguf
+from tests import tiny_gguf
 from tests.numerics.test_ggml_blocks import c_quantize
 from tests.tiny import tiny_model
 
@@ -28,7 +28,7 @@ def windows(count: int = 4) -> list[torch.Tensor]:
 
 def wide() -> Model:
     """A tiny model whose matrices all have 256 or 512 input channels."""
-    return test_gguf.tiny(hidden_size=256, intermediate_size=512, head_dim=64, initializer_range=0.08)
+    return tiny_gguf.tiny(hidden_size=256, intermediate_size=512, head_dim=64, initializer_range=0.08)
 
 
 @pytest.mark.parametrize("kind", GGML_BLOCKS)
@@ -80,7 +80,7 @@ def test_the_artifact_and_the_file_hold_the_very_bytes(kind, tmp_path):
     assert artifact.bits_per_weight(back) == artifact.bits_per_weight(model) < 17
     (tmp_path / "gguf").mkdir()
     exporter("gguf")().write(model, tmp_path / "gguf")
-    assert test_gguf.differing(model, tmp_path / "gguf") == set()
+    assert tiny_gguf.differing(model, tmp_path / "gguf") == set()
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
     assert types["blk.0.ffn_down.weight"] == kind.upper() and types["blk.0.attn_v.weight"] == "Q6_K"
 
@@ -91,8 +91,8 @@ def test_llama_cpp_computes_what_the_gate_decodes(tmp_path):
     exporter("gguf")().write(model, tmp_path)
     runtime = exporter("gguf")().open(tmp_path)
     try:
-        (window,) = test_gguf.windows(model, 60)
-        assert 0 < test_gguf.kl(next(model.logits([window])), next(runtime.logits([window]))) < 0.02
+        (window,) = tiny_gguf.windows(model, 60)
+        assert 0 < tiny_gguf.kl(next(model.logits([window])), next(runtime.logits([window]))) < 0.02
         assert "Q6_K" in runtime.compute
     finally:
         runtime.close()

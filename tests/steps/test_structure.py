@@ -14,7 +14,7 @@ from compress.interfaces import Context
 from compress.model import Model
 from compress.plugin import exporter, step
 from compress.steps.prune._depth import block_influence
-from tests.export import test_gguf, test_onnx
+from tests import tiny_gguf, tiny_onnx
 from tests.tiny import tiny_model
 
 WINDOW = [3, 77, 201, 12, 50, 9]
@@ -76,7 +76,7 @@ def test_nothing_to_remove_changes_no_bit(name, fields):
 @pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER, THINNER])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_smaller_model_is_an_ordinary_one(name, fields, family, tmp_path):
-    model = test_onnx.tiny(family, tied=True)
+    model = tiny_onnx.tiny(family, tied=True)
     model.parameter("model.layers.0.mlp.down_proj.weight").data.mul_(0.01)  # the first block goes, where one goes
     model.parameter("model.layers.0.self_attn.o_proj.weight").data.mul_(0.01)
     before = sum(p.numel() for p in model.module.parameters())
@@ -97,7 +97,7 @@ def test_the_smaller_model_is_an_ordinary_one(name, fields, family, tmp_path):
 @pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER, THINNER])
 @pytest.mark.parametrize("format", ["gguf", "onnx"])
 def test_exports_hold_the_smaller_model(name, fields, format, tmp_path):
-    model = test_gguf.tiny("llama") if format == "gguf" else test_onnx.tiny("llama", tied=True)
+    model = tiny_gguf.tiny("llama") if format == "gguf" else tiny_onnx.tiny("llama", tied=True)
     reshaped(name, fields, model)
     if format == "onnx":  # llama.cpp would round activations to 8 bits
         step("quantize.rtn")(encoding="int8", group_size=16).apply(model, Context(seed=0))
@@ -109,12 +109,12 @@ def test_exports_hold_the_smaller_model(name, fields, format, tmp_path):
         found = next(opened.logits([WINDOW]))
     finally:
         opened.close()
-    assert test_gguf.kl(logits(model), found) < 1e-4  # llama.cpp's cache holds float16
+    assert tiny_gguf.kl(logits(model), found) < 1e-4  # llama.cpp's cache holds float16
 
 
 @pytest.mark.parametrize(("name", "fields"), [FEWER, THINNER])
 def test_what_llama_cpp_cannot_load_is_refused_beforehand(name, fields, tmp_path):
-    model = test_gguf.tiny("qwen2")
+    model = tiny_gguf.tiny("qwen2")
     after = step(name)(**fields).facts_after(model.facts)
     with pytest.raises(RecipeError, match="query heads together as wide as its hidden state, and here .* to onnx"):
         exporter("gguf")().check(after)
@@ -122,7 +122,7 @@ def test_what_llama_cpp_cannot_load_is_refused_beforehand(name, fields, tmp_path
     with pytest.raises(RecipeError, match="as wide as its hidden state"):
         exporter("gguf")().write(model, tmp_path)
     exporter("onnx")().check(model.facts)
-    exporter("gguf")().check(reshaped(name, fields, test_gguf.tiny("qwen3")).facts)
+    exporter("gguf")().check(reshaped(name, fields, tiny_gguf.tiny("qwen3")).facts)
 
 
 @pytest.mark.parametrize(("name", "fields"), [HALF, FEWER, SHORTER, THINNER])

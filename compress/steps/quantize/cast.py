@@ -19,6 +19,7 @@ class Cast(Step):
 
     name: ClassVar[str] = "quantize.cast"
     classifiers: ClassVar[bool] = True
+    takes_pairs: ClassVar[bool] = True
     packs: ClassVar[bool] = True
     streams: ClassVar[bool] = True
 

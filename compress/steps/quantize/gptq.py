@@ -47,6 +47,7 @@ class Gptq(WeightQuantization):
 
     name: ClassVar[str] = "quantize.gptq"
     classifiers: ClassVar[bool] = True
+    takes_pairs: ClassVar[bool] = True
     version: ClassVar[int] = 5
     uses_calibration: ClassVar[bool] = True
     codebooks: ClassVar[bool] = True

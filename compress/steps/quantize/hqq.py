@@ -31,6 +31,7 @@ class Hqq(WeightQuantization):
 
     name: ClassVar[str] = "quantize.hqq"
     classifiers: ClassVar[bool] = True
+    takes_pairs: ClassVar[bool] = True
 
     symmetric: bool = False
     p: float = Field(0.7, gt=0, le=1, allow_inf_nan=False)
