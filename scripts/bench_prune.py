@@ -3,8 +3,8 @@
 Usage: .venv/bin/python scripts/bench_prune.py --text FILE [--windows 20] [--calibration 32] [--only NAME]...
        [--seed 0] [--dtype bfloat16] [--accuracy] [--runtimes]
 The text's first windows of 512 tokens are scored, every position but the first of each; calibration is windows of 512
-tokens of wiki. Every row starts from the same model. --accuracy adds the built-in minimal pairs (the first 20
-clusters of each phenomenon), --runtimes the exported files' size and speed in llama.cpp and onnxruntime (int8 weights).
+tokens of wiki. Every row starts from the same model. --accuracy adds the built-in minimal pairs and cloze on wiki (the
+first 300 clusters of each), --runtimes the exported files' size and speed in llama.cpp and onnxruntime (int8 weights).
 The row "torch-pruning" needs that package (not a dependency), and is left out with a note where it is missing.
 One JSON object per row.
 """
@@ -18,6 +18,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from compress.numerics.divergence import token_nll
 from compress.plugin import evaluator, exporter, step
 
 LENGTH = 512
+CLUSTERS = 300  # of each task
 SPEED_TOKENS = 64  # of decoding, one by one
 
 Steps = list[tuple[str, dict[str, Any]]]
@@ -80,34 +82,34 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     baseline = source.load(options.model, options.dtype)
-    windows = _first_windows(baseline, options.text, options.windows)
-    calibration = _calibration(baseline, options.calibration, options.seed)
+    windows = first_windows(baseline, options.text, options.windows)
+    calibration = calibration_windows(baseline, options.calibration, options.seed)
     whole = _block_parameters(baseline)
-    state = {name: p.detach() for name, p in baseline.module.named_parameters()}
+    words = _evaluation(options.calibration, options.seed) if options.accuracy else None
     for name in options.only or [*METHODS, TORCH_PRUNING]:
         if name == TORCH_PRUNING and importlib.util.find_spec("torch_pruning") is None:
             print(json.dumps({"method": name, "note": "not installed: pip install torch-pruning"}), flush=True)
             continue
-        model = _fresh(baseline, state)
+        model = fresh(baseline)
         started = time.perf_counter()
         notes = _prune(model, name, calibration, options.seed)
         row: dict[str, Any] = {
             "method": name,
             "steps": METHODS.get(name),
             "seconds": round(time.perf_counter() - started, 1),
-            "perplexity": round(_perplexity(model, windows), 2),
+            "perplexity": round(perplexity(model, windows), 2),
             "blocks_left": round(_block_parameters(model) / whole, 4),
             "parameters": sum(p.numel() for p in model.module.parameters()),
             "notes": notes,
         }
         if options.accuracy:
-            row["minimal_pairs"] = _accuracy(model)
+            row["accuracy"] = _accuracy(model, words)
         if options.runtimes:
             row["runtimes"] = _runtimes(model, windows[0])
         print(json.dumps(row), flush=True)
 
 
-def _first_windows(model: Model, text: Path, count: int) -> list[list[int]]:
+def first_windows(model: Model, text: Path, count: int) -> list[list[int]]:
     """The first `count` consecutive windows of a text."""
     ids = model.encode(text.read_text(encoding="utf-8")[: 20 * count * LENGTH])
     if len(ids) < count * LENGTH:
@@ -115,15 +117,21 @@ def _first_windows(model: Model, text: Path, count: int) -> list[list[int]]:
     return [ids[i * LENGTH : (i + 1) * LENGTH] for i in range(count)]
 
 
-def _calibration(model: Model, count: int, seed: int) -> list[torch.Tensor]:
+def calibration_windows(model: Model, count: int, seed: int) -> list[torch.Tensor]:
     """Windows of wiki that no evaluation document of a run with this seed overlaps."""
+    return data.pack(_split(count, seed)[0], model.encode, min(model.eos_ids))
+
+
+def _split(count: int, seed: int) -> list[data.Split]:
+    """Documents of wiki for `count` windows of calibration, and those of evaluation."""
     wanted = [data.Request("calibration", "wiki", count * LENGTH, LENGTH), data.Request("evaluation", "wiki")]
-    return data.pack(data.split(wanted, seed)[0], model.encode, min(model.eos_ids))
+    return data.split(wanted, seed)
 
 
-def _fresh(baseline: Model, state: dict[str, torch.Tensor]) -> Model:
+def fresh(baseline: Model) -> Model:
     """A copy of the baseline."""
     module = type(baseline.module)(type(baseline.module.config)(**baseline.module.config.to_dict()))
+    state = {name: p.detach() for name, p in baseline.module.named_parameters()}
     module.load_state_dict(state, strict=False)  # a tied head is stored once
     module.tie_weights()
     module.generation_config = baseline.module.generation_config
@@ -160,7 +168,8 @@ def _torch_pruning(model: Model, fraction: float) -> str:
     return f"torch-pruning: {width} MLP channels by group magnitude"
 
 
-def _perplexity(model: Model, windows: Sequence[list[int]]) -> float:
+def perplexity(model: Model, windows: Sequence[list[int]]) -> float:
+    """Of every position but the first of each window."""
     nll = [float(token_nll(z[:-1], torch.tensor(w[1:])).sum()) for w, z in zip(windows, model.logits(windows))]
     return math.exp(sum(nll) / sum(len(w) - 1 for w in windows))
 
@@ -170,12 +179,21 @@ def _block_parameters(model: Model) -> int:
     return sum(int((model.parameter(f"{name}.weight") != 0).sum()) for name in model.facts.linears)
 
 
-def _accuracy(model: Model) -> float:
-    """Share of minimal pairs answered right."""
-    check = evaluator("accuracy")(max_drop=3.0, tasks=["minimal_pairs"])
-    (documents,) = check.sources([Documents("none", [], "")])
-    examples = check.examples(documents, check.encoder(model))
-    return round(1 - check.value(check.score(model, examples)), 4)
+def _evaluation(count: int, seed: int) -> Documents:
+    """Documents that the calibration of `count` windows does not overlap, for items of cloze."""
+    part = _split(count, seed)[1]
+    return Documents("wiki", [(d.id, d.text) for d in part.documents], part.digest)
+
+
+def _accuracy(model: Model, words: Documents) -> dict[str, float]:
+    """Share of right answers per built-in task, on its first `CLUSTERS` clusters."""
+    check = evaluator("accuracy")(max_drop=3.0, tasks=["minimal_pairs", "cloze"])
+    found = {}
+    for items in check.sources([words]):
+        first = replace(items, documents=items.documents[:CLUSTERS])
+        scores = check.score(model, check.examples(first, check.encoder(model)))
+        found[items.source.partition(":")[0]] = round(1 - check.value(scores), 4)
+    return found
 
 
 def _runtimes(model: Model, window: list[int]) -> dict[str, dict[str, float]]:

@@ -48,6 +48,11 @@ CHAINS: dict[str, Chain] = {
     "gptq iq4_nl, scales": [("quantize.gptq", {"encoding": "iq4_nl"}), SCALES],
     "ggml q4_0": [("quantize.ggml", {"type": "q4_0"})],
     "ggml iq4_nl": [("quantize.ggml", {"type": "iq4_nl"})],
+    "smoothquant": [("quantize.smoothquant", {})],
+    "smoothquant, alpha searched": [("quantize.smoothquant", {"alpha": "search"})],
+    "kv_cache int8": [("quantize.kv_cache", {})],
+    "kv_cache int4": [("quantize.kv_cache", {"keys": "int4", "values": "int4"})],
+    "kv_cache int8 keys, int4 values": [("quantize.kv_cache", {"values": "int4"})],
 }
 PEER = """
 import json, sys, time
