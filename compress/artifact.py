@@ -226,7 +226,7 @@ def file_sha256(path: Path) -> str:
 
 def _save_tokenizer(model: Model, folder: Path) -> None:
     """The tokenizer's files, without transformers' notes on how it was opened this time."""
-    model.tokenizer.save_pretrained(folder)
+    model.save_tokenizer(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for note in ("is_local", "local_files_only", "name_or_path"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -253,6 +254,13 @@ class Model:
         """The text of token ids, special tokens written out."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files, without the padding and truncation that were asked of it last."""
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
+            backend.no_padding()
+            backend.no_truncation()
+        self.tokenizer.save_pretrained(folder)
 
     @torch.inference_mode()
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:

@@ -140,7 +140,7 @@ class Checkpoint(Exporter):
         (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if not model.labels:
             model.module.generation_config.to_json_file(out / "generation_config.json")
-        model.tokenizer.save_pretrained(out)
+        model.save_tokenizer(out)
 
     def open(self, path: Path) -> LanguageModel:
         """Open a folder through transformers and compressed-tensors, or decode gptq's layout for torch."""

@@ -291,7 +291,7 @@ def save_skeleton(model: Model, folder: Path) -> None:
         config["eos_token_id"] = 0  # the builder insists on one; genai_config.json gets the model's own
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     model.module.generation_config.to_json_file(folder / "generation_config.json")
-    model.tokenizer.save_pretrained(folder)
+    model.save_tokenizer(folder)
 
 
 def build(skeleton: Path, built: Path, precision: str, *options: str) -> None:
@@ -329,7 +329,7 @@ def _write_genai_config(model: Model, built: Path, out: Path) -> None:
 
 def _write_tokenizer(model: Model, out: Path) -> None:
     """The tokenizer's files; onnxruntime-genai needs a length limit that fits an integer."""
-    model.tokenizer.save_pretrained(out)
+    model.save_tokenizer(out)
     if not (out / "tokenizer.json").is_file():
         raise RecipeError(f"onnx: {type(model.tokenizer).__name__} has no tokenizer.json form")
     path = out / "tokenizer_config.json"

@@ -176,6 +176,8 @@ def _trainer(
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.ends.append(time.perf_counter())
 
+    for model in (student, teacher):  # as transformers opens them
+        model.module.config._attn_implementation = "sdpa"
     if options.train == "norms":
         for name, parameter in student.module.named_parameters():
             parameter.requires_grad_("norm" in name)

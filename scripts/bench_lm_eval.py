@@ -153,7 +153,8 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
     model = source.load(options.model, options.dtype)
-    module = model.module if options.dtype == "float32" else copy.deepcopy(model.module).to(torch.bfloat16)
+    module = copy.deepcopy(model.module).to(getattr(torch, options.dtype))
+    module.config._attn_implementation = "sdpa"  # as transformers opens it
     harness = HFLM(pretrained=module, tokenizer=model.tokenizer, batch_size=options.batch, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         write_task(Path(folder), options.data, options.fields, options.metric)

@@ -287,3 +287,12 @@ def test_an_unknown_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(RecipeError, match="'mamba' is not supported; supported: llama"):
         source.load(str(tmp_path))
+
+
+def test_a_saved_tokenizer_neither_pads_nor_truncates(tmp_path):
+    model = tiny_model()
+    model.tokenizer.pad_token = model.tokenizer.convert_ids_to_tokens(0)
+    model.tokenizer(["a", "longer"], padding=True, truncation=True, max_length=3)
+    model.save_tokenizer(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["padding"] is None and saved["truncation"] is None
