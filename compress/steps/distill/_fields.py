@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress.steps.distill._training import Outcome, Ruler
 
 # Starting points from a few short runs on a 135M model, 30 % pruned; not the result of a search.
-LEARNING_RATES = {"norms": 4e-4, "lora": 3e-4, "blocks": 2e-5, "all": 2e-5}
+LEARNING_RATES = {"norms": 4e-4, "lora": 3e-4, "blocks": 3e-4, "all": 2e-5}
 
 
 class Distillation(Step):
