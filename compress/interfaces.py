@@ -130,6 +130,10 @@ class Plugin(BaseModel):
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raised when results change: it is part of every cache key
 
+    def reads(self) -> str:
+        """Digest of what it reads besides the models and data at hand: a part of every cache key. Empty for nothing."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -313,10 +317,6 @@ class Evaluator(Plugin, ABC):
     def foreseen(self, datasets: Sequence[Documents]) -> list[Documents | str]:
         """`sources` as far as they are known without network; the name of one whose documents are not."""
         return [*self.sources(datasets)]
-
-    def reads(self) -> str:
-        """Digest of what it reads besides the evaluation data: a part of every cache key. Empty for nothing."""
-        return ""
 
     def untestable(self, data: Documents) -> str:
         """Why no loss can be planted in one of its sources, or an empty text."""

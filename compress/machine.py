@@ -24,6 +24,12 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def return_freed_memory() -> None:
+    """Give what is free back to the kernel: pieces of it would otherwise stay with the process, between others."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # no other C library has it
+        trim(0)
+
+
 def processor() -> str:
     """The processor's name and those of its features that decide which kernels run."""
     try:

@@ -17,6 +17,7 @@ from compress.decisions import combine
 from compress.errors import exit_code, one_line
 from compress.gate import GateResult
 from compress.interfaces import Context, Step
+from compress.machine import return_freed_memory
 from compress.recipe import Recipe, StepEntry
 from compress.record import Attempt, RunRecord, StepRecord
 from compress.store import Store, key_of, write_atomic
@@ -188,6 +189,7 @@ class _Work:
                 "teacher": artifact.digest(bench.baseline) if step.recovers else None,
                 "seed": bench.recipe.seed,
                 "versions": environment.step_versions(),
+                "reads": step.reads(),
             }
         )
         if (known := bench.store.made(key)) is not None:
@@ -205,6 +207,7 @@ class _Work:
                 progress=bench.progress(step.name),
                 work=work,
             )
+            return_freed_memory()
             step.apply(model, context)
             model.touch()
             folder = bench.store.save(model, key)
@@ -287,6 +290,7 @@ def _run_key(recipe: Recipe, model: str, splits: Sequence[str]) -> str:
             "plugins": sorted({(p.name, p.version) for p in _plugins(recipe)}),
             "model": model,
             "data": [*splits, *(check.reads() for check in recipe.checks())],
+            "teachers": [step.reads() for entry in recipe.steps for step in entry.attempts],
             "versions": environment.versions(),
             "host": environment.host(),
         }

@@ -7,7 +7,6 @@ and forward passes do, reads each once.
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import tempfile
 import weakref
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt
+from compress.machine import return_freed_memory
 from compress.storage import flatten, unflatten
 
 _STORED = {"F16": "fp16", "BF16": "bf16"}  # safetensors' names of dtypes → ours
@@ -95,7 +95,7 @@ class Shelf:
             self._place(index, name, None)
         self.encoded.drop(names)
         self._resident = None
-        _return_memory()
+        return_freed_memory()  # or it grows by 25 MB per block of 7 M weights
 
     def _place(self, index: int, name: str, tensor: Tensor | None) -> None:
         """Put a tensor into its module, or its bare shape."""
@@ -110,12 +110,6 @@ class Shelf:
     def close(self) -> None:
         """Remove what was written back."""
         self._finalizer()
-
-
-def _return_memory() -> None:
-    """Give freed memory back: glibc keeps it in pieces, which grew by 25 MB per block of 7 M weights without this."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # no other C library has it
-        trim(0)
 
 
 class Encoded(MutableMapping[str, EncodedTensor]):

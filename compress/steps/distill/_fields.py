@@ -26,6 +26,7 @@ LEARNING_RATES = {"norms": 4e-4, "lora": 3e-4, "blocks": 3e-4, "all": 2e-5}
 class Distillation(Step):
     """Training for a fixed number of tokens on what the baseline says, and keeping the best of a few states.
 
+    teacher: who says it instead: whatever a recipe's `model` may name, of the same tokenizer. KL is to that one, then.
     The data are the calibration windows in a seeded random order, over and over until `tokens` are read. batch:
     windows per optimizer step, whose gradients are accumulated one window at a time. KL to the baseline is measured on
     the first `selection_tokens` of the selection data before training and `checks` times along it; with `patience`,
@@ -38,6 +39,7 @@ class Distillation(Step):
     uses_calibration: ClassVar[bool] = True
     uses_selection: ClassVar[bool] = True
 
+    teacher: str | None = Field(None, min_length=1)
     tokens: int = Field(65536, ge=2)
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
     batch: int = Field(4, ge=1)
@@ -49,17 +51,51 @@ class Distillation(Step):
     gradient_checkpointing: bool = False
     save_steps: int = Field(20, ge=1)
 
-    def teacher(self, model: Model, context: Context) -> Model:
-        """The baseline; raises RecipeError where it, or data, is missing or does not fit the student."""
+    def check(self, facts: Facts) -> None:
+        """Refuse, before weights load, a teacher that is not there or has another vocabulary."""
+        from compress import source
+
+        if self.teacher is not None and (found := source.resolve(self.teacher)).path is not None:
+            self._refuse_vocabulary(source.facts(found).vocabulary, facts.vocabulary)
+
+    def reads(self) -> str:
+        """Digest of the teacher's files."""
+        from compress import source
+
+        return source.digest(source.download(source.resolve(self.teacher))) if self.teacher else ""
+
+    def opened(self, model: Model, context: Context) -> Model:
+        """The teacher; raises RecipeError where it, or data, is missing or does not fit the student."""
+        from compress import source
+
         if context.teacher is None or not context.calibration or not context.selection:
             raise RecipeError(f"{self.name} needs a baseline, data.calibration and data.selection")
-        teacher = context.teacher()
-        if teacher.vocabulary_size != model.vocabulary_size:
+        if self.teacher is None:
+            teacher = context.teacher()
+            self._refuse_vocabulary(teacher.vocabulary_size, model.vocabulary_size)
+            return teacher
+        teacher = source.load(self.teacher)
+        self._refuse_vocabulary(teacher.vocabulary_size, model.vocabulary_size)
+        if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
             raise RecipeError(
-                f"{self.name}: the teacher has {teacher.vocabulary_size} tokens, the model "
-                f"{model.vocabulary_size}; distillation on logits needs the same vocabulary"
+                f"{self.name}: teacher {self.teacher} has other tokens than the model, so that what it says of the "
+                "next one means nothing here; give one of the same tokenizer"
             )
         return teacher
+
+    def dismiss(self, teacher: Model, context: Context) -> None:
+        """Release the memory of a teacher that has said all."""
+        if self.teacher is None:
+            context.dismiss()
+        else:
+            teacher.close()
+
+    def _refuse_vocabulary(self, theirs: int, ours: int) -> None:
+        if theirs != ours:
+            raise RecipeError(
+                f"{self.name}: the teacher has {theirs} tokens, the model {ours}; distillation on logits needs the "
+                "same vocabulary"
+            )
 
 
 class WeightDistillation(Distillation):
@@ -79,6 +115,7 @@ class WeightDistillation(Distillation):
         """Refuse a LoRA recipe before weights load where peft is not installed."""
         import importlib.util
 
+        super().check(facts)
         if self.train == "lora" and importlib.util.find_spec("peft") is None:
             raise RecipeError(f"{self.name}: train=lora needs peft: pip install 'compress-toolkit[distill]'")
 

@@ -84,7 +84,7 @@ class Hidden(WeightDistillation):
         from compress.steps.distill._training import Ruler, first, plan_batches
 
         net.trained_tensors(model, self.train)
-        baseline = self.teacher(model, context)
+        baseline = self.opened(model, context)
         pairs = self.pairs(model.facts, baseline.facts)
         teacher = net.Network(baseline.module, learns=False)
         selection = first(context.selection, self.selection_tokens)

@@ -54,7 +54,7 @@ class Logits(WeightDistillation):
 
         self.check(model.facts)
         net.trained_tensors(model, self.train)
-        teacher = self.teacher(model, context)
+        teacher = self.opened(model, context)
         batches = plan_batches(self.name, context.calibration, self.tokens, self.batch, context.seed)
         if self.top_k is None:
             lesson, ruler, kept = *self._asked(teacher, context), ""
@@ -88,7 +88,7 @@ class Logits(WeightDistillation):
             windows = [window for batch in batches for window in batch]
             said = record(network, windows, k, self.temperature, context.progress)
             network.release_body()
-            context.dismiss()
+            self.dismiss(teacher, context)
         size = sum(top.nbytes for top in said.values())
         note = (
             f"; of the teacher, the {k} likeliest tokens and the mass of the rest at each position: "

@@ -44,7 +44,7 @@ class OnPolicy(Generation):
         if place()[1] > 1:
             raise RecipeError(f"{self.name}: the model writes in one process, found {place()[1]}; run it in one")
         net.trained_tensors(model, self.train)
-        teacher = net.Network(self.teacher(model, context).module, learns=False)
+        teacher = net.Network(self.opened(model, context).module, learns=False)
         given, length = self.prompt_tokens, self.prompt_tokens + self.new_tokens
         windows = [window[:length] for window in context.calibration]
         batches = plan_batches(self.name, windows, self.tokens, self.batch, context.seed, given)

@@ -52,7 +52,7 @@ class QuantizationAware(Distillation):
         coded = learnable(model)
         if not coded:
             raise RecipeError(f"{self.name}: no linear holds codes with float16 scales; quantize before it")
-        baseline = self.teacher(model, context)
+        baseline = self.opened(model, context)
         teacher = Network(baseline.module, learns=False)
         ruler = Ruler(self.name, teacher, first(context.selection, self.selection_tokens))
         behind = latents(coded, {name: p.detach() for name, p in baseline.module.named_parameters()})

@@ -38,14 +38,14 @@ class Sequence(Generation):
 
         self.check(model.facts)
         net.trained_tensors(model, self.train)
-        teacher = self.teacher(model, context)
+        teacher = self.opened(model, context)
         ends, prompts = teacher.eos_ids, self.prompts(context)
         with set_aside(model.module):
             network = net.Network(teacher.module, learns=False)
             ruler = Ruler(self.name, network, first(context.selection, self.selection_tokens))
             written = self._written(network, prompts, ends, context)
             network.release_body()
-            context.dismiss()
+            self.dismiss(teacher, context)
         batches = plan_batches(self.name, written, self.tokens, self.batch, context.seed, self.prompt_tokens)
         outcome = self.fit(model, context, Text(self.prompt_tokens), ruler, batches)
         new = sum(len(window) - self.prompt_tokens for window in written)

@@ -53,7 +53,7 @@ class Scales(Distillation):
         coded = learnable(model)
         if not coded:
             raise RecipeError(f"{self.name}: no linear holds codes with float16 scales; quantize before it")
-        teacher = Network(self.teacher(model, context).module, learns=False)
+        teacher = Network(self.opened(model, context).module, learns=False)
         lesson = Reading(teacher, self.temperature, alpha=1.0)
         ruler = Ruler(self.name, teacher, first(context.selection, self.selection_tokens))
         batches = plan_batches(self.name, context.calibration, self.tokens, self.batch, context.seed)
