@@ -17,7 +17,6 @@ from compress.decisions import combine
 from compress.errors import exit_code, one_line
 from compress.gate import GateResult
 from compress.interfaces import Context, Step
-from compress.machine import return_freed_memory
 from compress.recipe import Recipe, StepEntry
 from compress.record import Attempt, RunRecord, StepRecord
 from compress.store import Store, key_of, write_atomic
@@ -207,7 +206,6 @@ class _Work:
                 progress=bench.progress(step.name),
                 work=work,
             )
-            return_freed_memory()
             step.apply(model, context)
             model.touch()
             folder = bench.store.save(model, key)

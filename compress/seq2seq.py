@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from compress.errors import RecipeError
 from compress.model import Model
 from compress.numerics.sampling import Pick, greedy
 from compress.pairs import parted, split, window_of
-
-if TYPE_CHECKING:
-    from compress.streaming import Shelf
 
 
 def start_of(module: Any) -> int:
@@ -42,19 +39,13 @@ class Seq2Seq(Model):
 
     paired = True
 
-    def __init__(
-        self,
-        module: Any,
-        tokenizer: Any,
-        dtype: str = "float32",
-        name: str = "model",
-        tokens_per_batch: int = 4096,
-        shelf: Shelf | None = None,
-    ):
-        super().__init__(module, tokenizer, dtype, name, tokens_per_batch, shelf)
+    def __init__(self, module: Any, tokenizer: Any, *options: Any, **named: Any):
+        super().__init__(module, tokenizer, *options, **named)
         self.start = start_of(module)
         if self.start in self.eos_ids:
-            raise RecipeError(f"{name}: its decoder starts with token {self.start}, which ends a text: not supported")
+            raise RecipeError(
+                f"{self.name}: its decoder starts with token {self.start}, which ends a text: not supported"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a pair: the source's with what ends it, the decoder's start, the target's with what ends it."""

@@ -13,7 +13,6 @@ from compress.assay import Assay
 from compress.errors import Corrupt, RecipeError
 from compress.gate import Gate, GateResult, Sizes
 from compress.interfaces import Documents, Evaluator, Progress
-from compress.machine import return_freed_memory
 from compress.measure import measure
 from compress.noise import Noise
 from compress.plugin import evaluator
@@ -253,7 +252,6 @@ class Workbench:
         datasets = datasets or self.evaluation()
 
         def compute() -> Any:
-            return_freed_memory()
             baseline = self.model(self.baseline)
             previous = artifact.load(asked, self.recipe.dtype) if asked else None
             model = artifact.load(folder, self.recipe.dtype)

@@ -215,7 +215,7 @@ def test_it_beats_rounding_gptq_and_trained_scales_at_equal_encoding(learned, en
     teacher, data, held_out = learned
     quantize = {"encoding": encoding, "group_size": 16, "embeddings": None}
     plain = {**quantize, "error_propagation": 0.0}  # the start that the bounds were measured from
-    budget = {"tokens": 8192, "batch": 8, "selection_tokens": 1024}
+    budget = {"tokens": 16384 if encoding == "int2" else 8192, "batch": 8, "selection_tokens": 1024}
     chains = {
         "gptq": [("quantize.gptq", plain)],
         "gptq, qat": [("quantize.gptq", plain), ("distill.qat", budget)],
@@ -235,4 +235,4 @@ def test_it_beats_rounding_gptq_and_trained_scales_at_equal_encoding(learned, en
     # measured: 0.35 and 0.55 times GPTQ's divergence at twice the tokens
     assert found["gptq, qat"] < 0.8 * found["gptq"], found
     if encoding == "int2":
-        assert found["rtn, qat"] < 0.6 * found["rtn"] and found["gptq, qat"] < found["gptq, scales"], found
+        assert found["rtn, qat"] < 0.6 * found["rtn"] and found["gptq, qat"] < 0.9 * found["gptq, scales"], found
