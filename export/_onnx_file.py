@@ -193,9 +193,9 @@ def dequantized_tensor(graph: Any, name: str, encoding: Encoding) -> EncodedTens
 
 
 def _readers(graph: Any, initializer: str) -> Iterator[Any]:
-    """The quantized operators that compute with an initializer, seen through reshapes."""
+    """The quantized operators that compute with an initializer, seen through reshapes and joins."""
     for node in graph.initializers[initializer].consumers():
-        for reader in node.outputs[0].consumers() if node.op_type == "Reshape" else (node,):
+        for reader in node.outputs[0].consumers() if node.op_type in ("Reshape", "Concat") else (node,):
             if reader.domain == MICROSOFT:
                 yield reader
 

@@ -73,6 +73,9 @@ class Surgeon:
         for name, value in self.old.items():
             for node in tuple(value.consumers()):
                 self._replace(node, self._source(name))
+        for node in tuple(self.graph):
+            if node.op_type == "GroupQueryAttention":
+                self._join(node)
         self.graph.sort()
         self._assert_complete()
 
@@ -140,6 +143,41 @@ class Surgeon:
             "accuracy_level": self.accuracy_level,
         }
         self._exchange(node, "MatMulNBits", [node.inputs[0], codes, scales, *zeros], attributes)
+
+    def _join(self, attention: Any) -> None:
+        """Compute queries, keys and values of one input by one product, of codes that are joined at load.
+
+        Only where their codes are of one form and no bias or norm lies between the products and the attention.
+        """
+        import onnx_ir as ir
+
+        products: list[Any] = [value.producer() for value in attention.inputs[:3] if value is not None]
+        if len(products) < 3 or any(node is None or node.op_type != "MatMulNBits" for node in products):
+            return
+        forms = {
+            (node.inputs[0], len(node.inputs), *(node.attributes[a].as_int() for a in ("K", "bits", "block_size")))
+            for node in products
+        }
+        if len(forms) != 1 or any(len(node.outputs[0].uses()) != 1 for node in products):
+            return
+        first = products[0]
+        label = first.inputs[1].name.removesuffix(".codes").replace("q_proj", "qkv_proj")
+        parts = zip(*(node.inputs[1:] for node in products), strict=True)
+        kinds = ("codes", "scales", "zero_points")
+        joined = [
+            self._derive("Concat", f"{label}.{kind}", list(part), axis=0)
+            for kind, part in zip(kinds, parts, strict=False)
+        ]
+        rows = sum(node.attributes["N"].as_int() for node in products)
+        attributes = {name: a.as_int() for name, a in first.attributes.items()} | {"N": rows}
+        node = ir.node(
+            "MatMulNBits", [first.inputs[0], *joined], attributes, domain=MICROSOFT, name=f"{label}/MatMulNBits"
+        )
+        node.outputs[0].name = f"{label}/output"
+        self.graph.append(node)
+        for index, value in enumerate((node.outputs[0], None, None)):
+            attention.replace_input_with(index, value)
+        self.graph.remove(products, safe=True)
 
     def _integer_product(self, node: Any, name: str, tensor: EncodedTensor, rounding: InputRounding) -> list[Any]:
         """Two factors of the product: the sum of products of codes times the inputs' scale, and the rows' scales.

@@ -58,6 +58,7 @@ CASES = {
     "int4": Case("llama", True, lambda name: Encoding("int4", 32), hidden=128),
     # 48 channels in groups of 16: rows of three blocks, whose zero points do not fill whole bytes
     "asymmetric": Case("qwen2", False, lambda name: Encoding("int4", 16, symmetric=False), hidden=48),
+    "joined, asymmetric": Case("llama", False, lambda name: Encoding("int4", 16, symmetric=False), hidden=48),
     "channel": Case("qwen3", True, lambda name: Encoding("int8", symmetric="k_proj" not in name)),
     "int8 activations": Case("llama", True, lambda name: Encoding("int4", 32), activations="int8"),
     "plain": Case("qwen2", True, lambda name: None),
@@ -137,6 +138,22 @@ def test_logits_are_torchs(export: Callable[[str], Export], name: str) -> None:
             assert abs(divergence(expected, found)) <= 1e-9  # measured 1e-12: rounding of float32 sums
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     runtime.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [("int4", 5), ("joined, asymmetric", 5), ("asymmetric", 7), ("everything", 2)],
+)
+def test_projections_of_one_form_are_one_product(export: Callable[[str], Export], name: str, products: int) -> None:
+    """Not those with biases (qwen2) behind them, nor those of several encodings."""
+    import onnx
+
+    done = export(name)
+    graph = onnx.load(done.path / "model.onnx", load_external_data=False).graph
+    layers = done.model.facts.layers
+    blocks = [n for n in graph.node if n.op_type == "MatMulNBits" and "lm_head" not in n.name]
+    assert len(blocks) == products * layers
+    assert sum("qkv_proj" in n.name for n in blocks) == (layers if products == 5 else 0)
 
 
 def test_int8_activations_are_measurably_different(export: Callable[[str], Export]) -> None:
