@@ -13,8 +13,12 @@ from torch.nn.functional import log_softmax, softplus
 Head = Callable[[Tensor], Tensor]
 """Hidden states (tokens, width) → logits (tokens, vocabulary)."""
 
-Loss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""Float32 logits of some rows, and which rows → the loss per token (tokens,) and its gradient, as the logits."""
+LossOfRows = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""Float32 logits of some rows, and which rows of their block → the loss per token (tokens,) and its gradient, as the
+logits."""
+
+Loss = Callable[[slice], LossOfRows]
+"""A block of rows → the loss of rows in it; what the whole block needs, a teacher's logits, is computed once."""
 
 Kind = Literal["forward", "reverse", "js"]
 """KL(teacher ‖ student), KL(student ‖ teacher), or the Jensen–Shannon divergence."""
@@ -67,16 +71,27 @@ def loss_and_gradient(
     several copies of the logits: see `divergence_and_gradient`, and ∂CE/∂z = q_1 − onehot(labels).
     Hinton et al. 2015, arXiv:1503.02531: T² keeps the soft gradient's size independent of T.
     """
-    loss = student.new_zeros(len(student))
-    gradient = torch.zeros_like(student)
+    loss, gradient = student.new_zeros(len(student)), torch.zeros_like(student)
+    known = None
     if alpha > 0:
-        log_q = log_softmax(student / temperature, dim=-1)
-        log_p = log_softmax(teacher / temperature, dim=-1)
-        soft, gradient = divergence_and_gradient(log_p, log_q, kind)
+        z, t = (student, teacher) if temperature == 1 else (student / temperature, teacher / temperature)
+        if kind == "forward":
+            (p, log_Z_teacher), (q, log_Z) = _softmax(t), _softmax(z)
+            soft = torch.linalg.vecdot(p, t - z) - log_Z_teacher + log_Z
+            gradient = q - p
+            known = (q, log_Z) if temperature == 1 else None
+        else:
+            soft, gradient = divergence_and_gradient(log_softmax(t, dim=-1), log_softmax(z, dim=-1), kind)
         loss += alpha * temperature**2 * soft
         gradient.mul_(alpha * temperature)
-    _add_cross_entropy(loss, gradient, student, labels, 1 - alpha)
+    _add_cross_entropy(loss, gradient, student, labels, 1 - alpha, known)
     return loss, gradient
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (tokens, n) of logits, and the logarithm of their normalizer, (tokens,)."""
+    q = torch.softmax(z, dim=-1)
+    return q, z.amax(dim=-1) - q.amax(dim=-1).log()
 
 
 def top_k_loss_and_gradient(
@@ -102,12 +117,19 @@ def top_k_loss_and_gradient(
     return loss, gradient
 
 
-def _add_cross_entropy(loss: Tensor, gradient: Tensor, student: Tensor, labels: Tensor, weight: float) -> None:
-    """Add weight · CE(labels, softmax(student)) and its gradient, in place."""
+def _add_cross_entropy(
+    loss: Tensor,
+    gradient: Tensor,
+    student: Tensor,
+    labels: Tensor,
+    weight: float,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Add weight · CE(labels, softmax(student)) and its gradient, in place. known: `_softmax` of the student."""
     if weight > 0:
-        log_q = log_softmax(student, dim=-1)
-        loss -= weight * log_q.gather(1, labels[:, None])[:, 0]
-        gradient.add_(log_q.exp_(), alpha=weight)
+        q, log_Z = known or _softmax(student)
+        loss += weight * (log_Z - student.gather(1, labels[:, None])[:, 0])
+        gradient.add_(q, alpha=weight)
         gradient[torch.arange(len(labels)), labels] -= weight
 
 
@@ -116,17 +138,17 @@ def backward_through_heads(
     head: Head,
     loss: Loss,
     scale: float = 1.0,
-    chunk: int = 128,
+    chunk: int = 16,
     beside: Tensor | None = None,
     block: int = 512,
 ) -> float:
     """Sum of the loss over tokens; accumulates `scale` times its gradient behind `hidden` and in the head.
 
     hidden: (tokens, width). Logits of at most `block` tokens exist at any time, in the head's dtype, and of `chunk` in
-    float32: a chunk's gradient takes the place of its logits, a block's goes into a detached copy of the hidden states
-    and into the head, and the body's backward runs once at the end. beside: a sum of another loss over the same
-    tokens with a graph of its own, added and scaled alike. Nothing is accumulated in the body if the sum is not
-    finite: the caller sees it and stops.
+    float32, few enough for a processor's cache: a chunk's gradient takes the place of its logits, a block's goes into a
+    detached copy of the hidden states and into the head, and the body's backward runs once at the end. beside: a sum of
+    another loss over the same tokens with a graph of its own, added and scaled alike. Nothing is accumulated in the
+    body if the sum is not finite: the caller sees it and stops.
     """
     leaf = hidden.detach().requires_grad_()
     total = 0.0 if beside is None else float(beside.detach())
@@ -134,11 +156,13 @@ def backward_through_heads(
         rows = range(start, min(start + block, len(hidden)))
         logits = head(leaf[rows.start : rows.stop])
         gradient = logits.detach()  # the same memory: no backward of a linear reads its output
-        for at in rows[::chunk]:
-            part = slice(at, min(at + chunk, rows.stop))
-            place = gradient[at - start : part.stop - start]
+        with torch.no_grad():
+            of_rows = loss(slice(rows.start, rows.stop))
+        for at in range(0, len(rows), chunk):
+            part = slice(at, min(at + chunk, len(rows)))
+            place = gradient[part]
             with torch.no_grad():
-                losses, own = loss(place.float(), part)
+                losses, own = of_rows(place.float(), part)
                 place.copy_(own * scale)
             total += float(losses.double().sum())
         torch.autograd.backward(logits, gradient)

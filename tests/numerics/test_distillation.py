@@ -185,7 +185,8 @@ def test_extreme_logits_stay_finite():
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("beside", [0.0, 0.3])
-def test_chunked_heads_equal_the_whole_backward(chunk, beside):
+@pytest.mark.parametrize("block", [5, 512])
+def test_chunked_heads_equal_the_whole_backward(chunk, beside, block):
     generator = torch.Generator().manual_seed(0)
     x, body, target = (torch.randn(*s, generator=generator).double() for s in [(7, 4), (4, 6), (7, 6)])
     W, V = (torch.randn(11, 6, generator=generator).double() for _ in range(2))
@@ -200,9 +201,10 @@ def test_chunked_heads_equal_the_whole_backward(chunk, beside):
     total = backward_through_heads(
         hidden,
         lambda h: h @ W.T,
-        lambda z, rows: loss_and_gradient(z, teacher[rows].float(), labels[rows], 2.0, 0.5),
+        lambda block: lambda z, rows: loss_and_gradient(z, teacher[block][rows].float(), labels[block][rows], 2.0, 0.5),
         scale=1 / 7,
         chunk=chunk,
+        block=block,
         beside=beside * hidden.square().sum() if beside else None,
     )
     # the loss itself is computed in float32
@@ -216,7 +218,7 @@ def test_a_non_finite_loss_leaves_the_body_without_gradient():
     W = torch.full((4, 3), torch.nan)
     loss = partial(loss_and_gradient, teacher=torch.ones(2, 4), temperature=1.0, alpha=0.5)
     labels = torch.tensor([0, 1])
-    total = backward_through_heads(hidden, lambda h: h @ W.T, lambda z, rows: loss(z, labels=labels[rows]))
+    total = backward_through_heads(hidden, lambda h: h @ W.T, lambda _: lambda z, rows: loss(z, labels=labels[rows]))
     assert math.isnan(total) and hidden.grad is None
 
 

@@ -18,6 +18,7 @@ from compress.interfaces import Progress
 from compress.numerics.distillation import (
     Kind,
     Loss,
+    LossOfRows,
     backward_through_heads,
     loss_and_gradient,
     top_k_loss_and_gradient,
@@ -53,16 +54,18 @@ class Reading:
         return backward_in_turn(student, windows, self.given, self.loss)
 
     def loss(self, window: Tensor) -> Loss:
-        """The loss of one window; the teacher's head runs over the rows that are asked for."""
+        """The loss of one window; the teacher's head runs over a block of rows at a time."""
         with torch.no_grad():
             target = self.teacher.hidden(window)[self.given - 1 : -1]
         labels = window[self.given :]
 
-        def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            said = self.teacher.head(target[rows]).float()
-            return loss_and_gradient(logits, said, labels[rows], self.temperature, self.alpha, self.divergence)
+        def of_block(block: slice) -> LossOfRows:
+            said, following = self.teacher.head(target[block]), labels[block]
+            return lambda logits, rows: loss_and_gradient(
+                logits, said[rows].float(), following[rows], self.temperature, self.alpha, self.divergence
+            )
 
-        return of_rows
+        return of_block
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,13 @@ class Recording:
         """The loss of one window."""
         said, labels = self.said[self.key(window)], window[1:]
 
-        def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            ids, log_p = said.rows(rows)
-            return top_k_loss_and_gradient(
-                logits, ids, log_p, labels[rows], self.temperature, self.alpha, self.divergence
+        def of_block(block: slice) -> LossOfRows:
+            (ids, log_p), following = said.rows(block), labels[block]
+            return lambda logits, rows: top_k_loss_and_gradient(
+                logits, ids[rows], log_p[rows], following[rows], self.temperature, self.alpha, self.divergence
             )
 
-        return of_rows
+        return of_block
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,9 @@ class Text:
         return backward_in_turn(student, windows, self.given, lambda window: partial(_plain, window[self.given :]))
 
 
-def _plain(labels: Tensor, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    return loss_and_gradient(logits, logits, labels[rows], temperature=1.0, alpha=0.0)
+def _plain(labels: Tensor, block: slice) -> LossOfRows:
+    following = labels[block]
+    return lambda logits, rows: loss_and_gradient(logits, logits, following[rows], temperature=1.0, alpha=0.0)
 
 
 def backward_in_turn(student: Network, windows: Sequence[Tensor], given: int, loss: Callable[[Tensor], Loss]) -> float:
@@ -116,9 +120,9 @@ def backward_in_turn(student: Network, windows: Sequence[Tensor], given: int, lo
     positions = parallel.total(sum(len(window) - given for window in windows))
     total = 0.0
     for window in windows:
-        of_rows = loss(window)
+        of_block = loss(window)
         hidden = student.hidden(window)[given - 1 : -1]
-        total += backward_through_heads(hidden, student.head, of_rows, scale=1 / positions)
+        total += backward_through_heads(hidden, student.head, of_block, scale=1 / positions)
     return total / positions
 
 

@@ -122,12 +122,12 @@ class Matching:
         positions = parallel.total(sum(len(window) - 1 for window in windows))
         total = 0.0
         for window in windows:
-            of_rows = self.reading.loss(window)
+            of_block = self.reading.loss(window)
             hidden = student.hidden(window)[:-1]
             beside = self.weight * self.error(self.own.take(), self.theirs.take())
             if self.relating is not None:
                 beside = beside + self.relating.error()
-            total += backward_through_heads(hidden, student.head, of_rows, 1 / positions, beside=beside)
+            total += backward_through_heads(hidden, student.head, of_block, 1 / positions, beside=beside)
         return total / positions
 
     def error(self, own: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
