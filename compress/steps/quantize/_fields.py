@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CodedName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4", "iq4_nl"]
 EncodingName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4", "iq4_nl", "fp16", "bf16", "fp32"]
+WEIGHTS_AT_ONCE = 2**19  # that are rounded: some copies of them fit into a processor's cache
 
 
 class WeightQuantization(Step):
@@ -141,11 +142,24 @@ def round_to_nearest(
         return EncodedTensor(encoding, W.to(torch.float16 if encoding.name == "fp16" else torch.bfloat16))
     groups = encoding.groups(W.shape[1])
     weights = None if importance is None else importance.view(groups, -1)
-    try:
-        grid = fit_grid(W.reshape(len(W), groups, -1), encoding, weights, search)
-    except NumericalError as error:
-        raise NumericalError(f"{name}: {error}") from None
-    return encode(W, encoding, grid)
+    parts = []
+    for rows in torch.split(W, max(1, WEIGHTS_AT_ONCE // W.shape[1])):
+        try:
+            grid = fit_grid(rows.reshape(len(rows), groups, -1), encoding, weights, search)
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from None
+        parts.append(encode(rows, encoding, grid))
+    return join_rows(parts)
+
+
+def join_rows(parts: Sequence[EncodedTensor]) -> EncodedTensor:
+    """Encoded matrices one below the other, of one encoding."""
+    import torch
+
+    scales = [p.scales for p in parts if p.scales is not None]
+    zeros = [p.zero_points for p in parts if p.zero_points is not None]
+    codes = torch.cat([p.codes for p in parts])
+    return EncodedTensor(parts[0].encoding, codes, torch.cat(scales), torch.cat(zeros) if zeros else None)
 
 
 def encode(W: Tensor, encoding: Encoding, grid: Grid | CodebookGrid) -> EncodedTensor:

@@ -15,7 +15,7 @@ from pydantic import Field
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError
 from compress.interfaces import Context
-from compress.steps.quantize._fields import WeightQuantization, fit_grid, refuse_encoded, round_to_nearest
+from compress.steps.quantize._fields import WeightQuantization, fit_grid, join_rows, refuse_encoded, round_to_nearest
 from compress.steps.quantize._refinement import refine
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Gptq(WeightQuantization):
             ]
         except NumericalError as error:
             raise NumericalError(f"{tensor}: {error}") from None
-        model.store(tensor, _join_rows(parts))
+        model.store(tensor, join_rows(parts))
 
     def _quantize_block(self, model: Model, block: Block, chosen: Mapping[str, Encoding], context: Context) -> None:
         from compress.numerics.hessian import Hessian
@@ -282,16 +282,6 @@ def _head(model: Model) -> str | None:
     if facts.labels:
         return None
     return facts.embedding_tensor if facts.tied else f"{facts.architecture.head}.weight"
-
-
-def _join_rows(parts: Sequence[EncodedTensor]) -> EncodedTensor:
-    """Encoded matrices one below the other, of one encoding."""
-    import torch
-
-    scales = [p.scales for p in parts if p.scales is not None]
-    zeros = [p.zero_points for p in parts if p.zero_points is not None]
-    codes = torch.cat([p.codes for p in parts])
-    return EncodedTensor(parts[0].encoding, codes, torch.cat(scales), torch.cat(zeros) if zeros else None)
 
 
 def _split_rows(encoded: EncodedTensor, rows: list[int]) -> list[EncodedTensor]:
