@@ -231,6 +231,11 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
         if config.get("is_decoder") or config.get("position_embedding_type", "absolute") != "absolute":
             raise RecipeError(f"{kind}: only encoders with absolute positions are supported")
         return ENCODERS[kind]
+    if kind not in ARCHITECTURES and config.get("is_encoder_decoder"):
+        raise RecipeError(
+            f"architecture {kind!r} is not supported: it reads a source and writes a target, and of such models "
+            f"{' and '.join(SEQ2SEQ)} are; use one of them"
+        )
     if kind not in ARCHITECTURES:
         raise RecipeError(f"architecture {kind!r} is not supported; supported: {', '.join([*ARCHITECTURES, *SEQ2SEQ])}")
     arch = ARCHITECTURES[kind]
