@@ -143,12 +143,12 @@ def gguf_fields(path: Path) -> Mapping[str, Any]:
     return _gguf_fields(path, _stamp(path))
 
 
-@cache  # some seconds for a large vocabulary, and asked for by facts, config and loader alike
+@cache  # asked for by facts, config and loader alike
 def _gguf_fields(path: Path, stamp: tuple[int, ...]) -> Mapping[str, Any]:
-    from gguf import GGUFReader
+    from compress.gguf_header import Header
 
     try:
-        reader = GGUFReader(path)
+        reader = Header(path)
         wanted = {k: f for k, f in reader.fields.items() if not k.startswith("tokenizer.ggml.") or len(f.data) == 1}
         return {key: field.contents() for key, field in wanted.items()} | {
             "tensor_types": {t.name: t.tensor_type.name for t in reader.tensors}

@@ -112,7 +112,7 @@ class Gguf(Exporter):
         """The types that the file names."""
         from export import _llama_cpp
 
-        return _gguf_cache.types({key: f.contents() for key, f in _llama_cpp.read(path).fields.items()})
+        return _gguf_cache.types(_gguf_cache.asked(_llama_cpp.read(path)))
 
     def usage_of(self, cache: CacheRounding | None = None, paired: bool = False) -> Mapping[str, str]:
         """The lines that load the file, with the options for its cache."""
