@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model besides the network: its name, the base model, its licence."""
+"""What a GGUF file says of its model besides the network: its name, the base model, its licence, the importances."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress.ggml_mixes import Importance
     from compress.model import Model
 
 HUB = "https://huggingface.co"
@@ -38,6 +39,8 @@ def add(writer: Any, model: Model) -> None:
         if repository := known.get("repository"):
             writer.add_base_model_organization(0, repository.partition("/")[0])
             writer.add_base_model_repo_url(0, f"{HUB}/{repository}")
+    if model.importance is not None:
+        _add_importance(writer, model.importance)
 
 
 def file_name(model: Model, encoding: str) -> str:
@@ -61,3 +64,12 @@ def _parts(model: Model) -> tuple[str | None, str | None, str | None, str]:
     size = model.facts.parameters
     _, _, basename, finetune, version, _ = gguf.Metadata.get_model_id_components(model.name, size)
     return basename, finetune, version, gguf.size_label(size, 0, 0, 0)
+
+
+def _add_importance(writer: Any, found: Importance) -> None:
+    """The keys that llama.cpp's own tool writes, in its types; it has a file of importances, and we none."""
+    writer.add_string("quantize.imatrix.file", "none: measured by quantize.ggml of compress-toolkit")
+    if found.dataset:
+        writer.add_string("quantize.imatrix.dataset", found.dataset)
+    writer.add_uint32("quantize.imatrix.entries_count", found.tensors)
+    writer.add_uint32("quantize.imatrix.chunks_count", found.windows)

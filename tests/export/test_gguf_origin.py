@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gguf import GGUFReader
+import torch
+from gguf import GGUFReader, GGUFValueType
 
-from compress import lineage, source
+from compress import artifact, lineage, plugin, source
 from compress.encodings import Encoding
+from compress.interfaces import Context
 from export._gguf_origin import file_name
-from export._llama_cpp import find
+from export._llama_cpp import LlamaCpp, find
 from export.gguf import Gguf
-from tests.tiny_gguf import encoded, tiny
+from tests.tiny_gguf import encoded, tiny, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,6 +38,7 @@ def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
     Gguf().write(tiny(), tmp_path / "plain")
     known = GGUFReader(find(tmp_path / "plain")).fields.keys()  # what nobody knows is left out
     assert not known & {"general.license", "general.base_model.count", "general.quantized_by"}
+    assert not any(key.startswith("quantize.") for key in known)
 
 
 @pytest.mark.parametrize(("name", "stem"), [
@@ -47,3 +50,21 @@ def test_a_file_is_named_by_the_convention_and_by_nothing_that_a_shell_reads(nam
     model.name = name
     size = f"{model.facts.parameters / 1000:.0f}K"
     assert file_name(model, "Q4_0") == f"{stem.format(size)}-Q4_0.gguf"
+
+
+def test_importances_are_on_record_in_llama_cpps_keys(tmp_path: Path) -> None:
+    model = tiny()
+    calibration = [torch.tensor(window) for window in windows(model, 24, 24, 24)]
+    fields = {"type": "q4_1", "keep": {"*.0.self_attn.o_proj": "fp16"}}
+    rounding = plugin.step("quantize.ggml")(**fields)
+    rounding.apply(model, Context(seed=0, calibration=calibration, dataset="file:mine.jsonl"))
+    artifact.save(model, tmp_path / "saved")
+    Gguf().write(artifact.load(tmp_path / "saved"), tmp_path)
+    found = {key: f for key, f in GGUFReader(find(tmp_path)).fields.items() if key.startswith("quantize.imatrix.")}
+    values = {key.rpartition(".")[2]: f.contents() for key, f in found.items()}
+    assert values.pop("file").startswith("none: ")
+    assert values == {"dataset": "file:mine.jsonl", "entries_count": 13, "chunks_count": 3}  # one of 14 stays fp16
+    assert found["quantize.imatrix.entries_count"].types == [GGUFValueType.UINT32]
+    runtime = LlamaCpp(tmp_path)
+    assert runtime._metadata("quantize.imatrix.dataset") == "file:mine.jsonl"
+    runtime.close()
