@@ -16,7 +16,7 @@ STEM_BYTES = 200  # file systems take names of 255
 def add(writer: Any, model: Model) -> None:
     """Write the general.* keys of GGUF's naming convention; what nobody knows is left out.
 
-    The name is taken apart as gguf-py does it; the size is that of the matrices as they are. The base model is what
+    The name is taken apart as gguf-py does it; the size is that of the weights as they are. The base model is what
     `model.described` says.
     """
     known, (basename, finetune, version, size) = model.described, _parts(model)
@@ -61,7 +61,7 @@ def _parts(model: Model) -> tuple[str | None, str | None, str | None, str]:
     """Base name, fine-tune and version, each None where the model's name does not tell, and a label of its size."""
     import gguf
 
-    size = model.facts.parameters
+    size = model.facts.parameters + model.facts.floats
     _, _, basename, finetune, version, _ = gguf.Metadata.get_model_id_components(model.name, size)
     return basename, finetune, version, gguf.size_label(size, 0, 0, 0)
 

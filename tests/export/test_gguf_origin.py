@@ -31,7 +31,7 @@ def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
     wanted |= {"languages": ["en", "de"], "quantized_by": "compress-toolkit", "base_model.0.name": "Small"}
     wanted |= {"base_model.0.repo_url": "https://huggingface.co/maker/Small", "base_model.0.organization": "maker"}
     assert {key: found[f"general.{key}"] for key in wanted} == wanted and found["general.base_model.count"] == 1
-    assert found["general.size_label"] == f"{model.facts.parameters / 1000:.0f}K"
+    assert found["general.size_label"] == f"{sum(p.numel() for p in model.module.parameters()) / 1000:.0f}K"
     assert file.name == f"Small-{found['general.size_label']}-Instruct-v1.2-Q4_0.gguf"
     assert lineage.of(source.resolve(str(file))).repository == "maker/Small"
     (tmp_path / "plain").mkdir()
@@ -48,7 +48,7 @@ def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
 def test_a_file_is_named_by_the_convention_and_by_nothing_that_a_shell_reads(name: str, stem: str) -> None:
     model = tiny()
     model.name = name
-    size = f"{model.facts.parameters / 1000:.0f}K"
+    size = f"{sum(p.numel() for p in model.module.parameters()) / 1000:.0f}K"
     assert file_name(model, "Q4_0") == f"{stem.format(size)}-Q4_0.gguf"
 
 
