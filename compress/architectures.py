@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from compress.errors import RecipeError
@@ -113,7 +114,7 @@ class Facts:
         """Tensor name of the token embedding (also the output head, where tied)."""
         return f"{self.architecture.embedding}.weight"
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name → (out_features, in_features) of every linear inside the blocks."""
         return {
@@ -137,7 +138,7 @@ class Facts:
             return Stack(arch.encoder_blocks, self.encoder_layers, arch.encoder_linears, arch.encoder_stages), own
         return (own,)
 
-    @property
+    @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Tensor name → shape of every matrix that steps may store: block linears, embeddings, head unless tied."""
         found = {f"{name}.weight": shape for name, shape in self.linears.items()}
