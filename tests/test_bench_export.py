@@ -61,6 +61,7 @@ def test_a_changed_byte_is_not_exact(script, model_folder, tmp_path):
 
 def test_genais_own_int4_file_opens_in_the_same_runtime(script, model_folder, tmp_path):
     (ours, _), (theirs, _), proof = script.onnx_pair(str(model_folder), "float32", "int8", tmp_path / "pair")
+    assert script.rotary_tables(ours) == 2 * 4 * 256 * 8  # cos and sin: (context, head_size / 2) float32
     assert proof["weights_exact"] and proof["kl_from_the_model"] < 1e-5 and proof["kl_of_decoding"] < 1e-5
     model = artifact.load(model_folder)
     (window,) = windows(model, 40)
