@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from compress.errors import RecipeError
@@ -113,7 +114,7 @@ class Facts:
         """Tensor name of the token embedding (also the output head, where tied)."""
         return f"{self.architecture.embedding}.weight"
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name → (out_features, in_features) of every linear inside the blocks."""
         return {
@@ -137,7 +138,7 @@ class Facts:
             return Stack(arch.encoder_blocks, self.encoder_layers, arch.encoder_linears, arch.encoder_stages), own
         return (own,)
 
-    @property
+    @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Tensor name → shape of every matrix that steps may store: block linears, embeddings, head unless tied."""
         found = {f"{name}.weight": shape for name, shape in self.linears.items()}
@@ -231,6 +232,11 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
         if config.get("is_decoder") or config.get("position_embedding_type", "absolute") != "absolute":
             raise RecipeError(f"{kind}: only encoders with absolute positions are supported")
         return ENCODERS[kind]
+    if kind not in ARCHITECTURES and config.get("is_encoder_decoder"):
+        raise RecipeError(
+            f"architecture {kind!r} is not supported: it reads a source and writes a target, and of such models "
+            f"{' and '.join(SEQ2SEQ)} are; use one of them"
+        )
     if kind not in ARCHITECTURES:
         raise RecipeError(f"architecture {kind!r} is not supported; supported: {', '.join([*ARCHITECTURES, *SEQ2SEQ])}")
     arch = ARCHITECTURES[kind]

@@ -2,8 +2,8 @@
 
 model.safetensors   <module>.codes .scales .zero_points .mask; other tensors under their own names
 config.json, tokenizer files; generation_config.json of a language model
-compression.json    encodings and shapes, rounding of inputs and cache, sizes, sha256 of every other file and of
-                    itself (see `compress.sealing`)
+compression.json    encodings and shapes, rounding of inputs and cache, what importances were measured on, sizes, sha256
+                    of every other file and of itself (see `compress.sealing`)
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import sealing
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt, UnsafeInput
+from compress.ggml_mixes import Importance
 from compress.publishing import publish, staging
 from compress.rounding import from_json, to_json
 
@@ -70,6 +72,7 @@ def _fill(model: Model, folder: Path) -> None:
         "model_digest": model.digest,
         "encodings": encodings,
         **({"rounding": rounding} if (rounding := to_json(model.inputs, model.cache)) else {}),
+        **({"importance": asdict(model.importance)} if model.importance is not None else {}),
         "parameters": sum(p.numel() for p in model.module.parameters()),
         "bits_per_weight": bits_per_weight(model),
         **({"streamed": True} if model.shelf is not None else {}),
@@ -181,6 +184,7 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     model.encoded.update(encoded)
     model.masks = masks
     _round(model, facts.get("rounding", {}))
+    model.importance = Importance(**facts["importance"]) if "importance" in facts else None
     if model.digest != facts["model_digest"]:
         raise Corrupt(f"{folder}: its tensors are not those that were saved")
     return model

@@ -25,6 +25,18 @@ FALLBACKS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
+class Importance:
+    """What the importances of input channels were measured on, by which libggml rounded some tensors of a model.
+
+    dataset: the calibration's source, empty where nobody said. tensors: how many were rounded by them. windows: read.
+    """
+
+    dataset: str
+    tensors: int
+    windows: int
+
+
+@dataclass(frozen=True)
 class _Place:
     """Where a matrix stands: its block of how many, query heads per key head, and whether importances are known."""
 

@@ -104,8 +104,7 @@ class LanguageModel(Protocol):
 class Streaming(Protocol):
     """A language model that can be timed token by token; `compress bench` asks for it.
 
-    An object that also has `load_seconds` says how long the runtime itself took to load the weights, without what
-    opening checks besides.
+    An object that also has `load_seconds` says how long the runtime itself took to load the weights, checks aside.
     """
 
     def stream(self, window: Sequence[int], prefill: int) -> Iterator[Tensor]:
@@ -139,14 +138,15 @@ class Plugin(BaseModel):
 class Context:
     """What a step may use besides the model.
 
-    calibration, selection: windows of token ids, each (length,) int64. teacher opens the recipe's baseline, and
-    dismiss releases its memory; asked again, it opens anew. work: a folder for unfinished work, which outlives a
-    killed process and is found again by the same step on the same inputs; None where there is none.
+    calibration, selection: windows of token ids, each (length,) int64. dataset: names the calibration in files; empty
+    where nobody did. teacher opens the recipe's baseline, dismiss releases its memory; asked again, it opens anew.
+    work: for unfinished work; it outlives a killed process, and the same step finds it again on the same inputs.
     """
 
     seed: int
     calibration: Sequence[Tensor] = ()
     selection: Sequence[Tensor] = ()
+    dataset: str = ""
     teacher: Callable[[], Model] | None = None
     dismiss: Callable[[], None] = lambda: None
     progress: Progress = lambda label, fraction: None

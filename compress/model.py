@@ -26,6 +26,7 @@ from compress.numerics.trie import Trie, trie, visible
 from compress.rounding import CacheRounding, InputRounding, to_json
 
 if TYPE_CHECKING:
+    from compress.ggml_mixes import Importance
     from compress.streaming import Shelf
 
 ROWS_OF_HEAD = 256  # of logits at a time: 50 MB at 49,152 tokens of vocabulary
@@ -76,7 +77,9 @@ class Model:
     dtype: of matrix products in evaluation ("float32" or "bfloat16"); weights stay float32. name: for people, never
     part of the digest.
     inputs, cache: what every forward pass rounds, besides; inputs by name of the linear.
-    described: of where it comes from, as `compress.lineage` has it, for files that say so; never part of the digest.
+    importance: where libggml rounded some of its tensors by importances, what those were measured on.
+    described: of where it comes from, as `compress.lineage` has it, for files that say so; like `importance` never part
+    of the digest.
     recalled: set where the same windows will be asked for again. shelf: of a model whose blocks are on disk.
     """
 
@@ -101,6 +104,7 @@ class Model:
         self.masks: dict[str, Tensor] = {}
         self.inputs: dict[str, InputRounding] = {}
         self.cache: CacheRounding | None = None
+        self.importance: Importance | None = None
         self.described: Mapping[str, Any] = {}
         self.dtype = dtype
         self.tokens_per_batch = tokens_per_batch  # bounds activations: a few MB per 100 tokens

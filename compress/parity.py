@@ -6,6 +6,7 @@ logits, so what is allowed depends on how coarsely the runtime computes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from compress.architectures import Facts
     from compress.model import Model
 
-VERSION = 2
+VERSION = 3
 DOCUMENTS = 12
 TOKENS = 64  # per document, enough to cross several attention blocks
 GENERATED, PROMPT = 64, 16  # tokens that the gated model writes, after so many of a document
@@ -74,21 +75,27 @@ def parity_checks(
 ) -> list[CheckResult]:
     """An artifact in its runtime against the model that it was made from, on the first documents of each source.
 
-    Mean and largest difference of logits per source, and how many of the tokens that the gated model writes, if it
-    writes, the artifact would have written too. Where one fails, its definition says where the models part, if the
-    runtime tells.
+    Mean and largest difference of logits per source, the mean KL(gated‖artifact) among the details of the first;
+    and how many of the tokens that the gated model writes, if it writes, the artifact would have written too. Where one
+    fails, its definition says where the models part, if the runtime tells.
     """
     tolerance = TOLERANCES[precision(opened.compute, gated.compute)]
     checks, worst = [], (-1.0, list[int]())
     for data in datasets:
         found = _differences(opened, gated, data, progress)
-        tokens = sum(len(window) for window, _, _ in found)
-        mean = sum(m * len(w) for w, m, _ in found) / tokens if tokens else float("nan")
-        largest = max((most for _, _, most in found), default=float("nan"))
-        worst = max([worst, *((m, w) for w, m, _ in found)], key=lambda pair: pair[0])
+        tokens = sum(len(d.window) for d in found)
+        mean = sum(d.mean * len(d.window) for d in found) / tokens if tokens else float("nan")
+        largest = max((d.most for d in found), default=float("nan"))
+        worst = max([worst, *((d.mean, d.window) for d in found)], key=lambda pair: pair[0])
         shown = len(found), tokens
+        average = _check(
+            "parity", data, mean, tolerance.mean, *shown, "mean difference of logits from the gated model's"
+        )
+        rows = sum(d.rows for d in found)
+        if rows and math.isfinite(kl := sum(d.kl for d in found) / rows):
+            average = average.model_copy(update={"details": {"kl": kl}})
         checks += [
-            _check("parity", data, mean, tolerance.mean, *shown, "mean difference of logits from the gated model's"),
+            average,
             _check(
                 "parity_max",
                 data,
@@ -108,16 +115,29 @@ def parity_checks(
     return checks
 
 
-def _differences(
-    opened: LanguageModel, gated: Model, data: Documents, progress: Progress
-) -> list[tuple[list[int], float, float]]:
-    """Per document its window, and the mean and the largest difference of logits."""
+@dataclass(frozen=True)
+class _Difference:
+    """Of a document's logits: mean and largest, in standard deviations, and the sum of KL over its rows in nats."""
+
+    window: list[int]
+    mean: float
+    most: float
+    kl: float
+    rows: int
+
+
+def _differences(opened: LanguageModel, gated: Model, data: Documents, progress: Progress) -> list[_Difference]:
+    """How the logits of every document differ."""
+    from compress.numerics.divergence import divergence
+
     windows = [window for _, text in data.documents[:DOCUMENTS] if (window := _window(opened, text, TOKENS))]
     found = []
     for i, window in enumerate(windows):
         expected = next(gated.logits([window]))
-        difference = (next(opened.logits([window])) - expected).abs() / expected.std(dim=1, keepdim=True)
-        found.append((window, float(difference.mean()), float(difference.max())))
+        logits = next(opened.logits([window]))
+        difference = (logits - expected).abs() / expected.std(dim=1, keepdim=True)
+        kl = float(divergence(expected, logits).kl.sum())
+        found.append(_Difference(window, float(difference.mean()), float(difference.max()), kl, len(expected)))
         progress(f"parity on {data.source}", (i + 1) / len(windows))
     return found
 

@@ -201,6 +201,7 @@ class _Work:
                 seed=bench.recipe.seed,
                 calibration=bench.windows("calibration", model) if needs["calibration"] else (),
                 selection=bench.windows("selection", model) if needs["selection"] else (),
+                dataset=bench.source_of("calibration") if needs["calibration"] else "",
                 teacher=lambda: bench.model(bench.baseline),
                 dismiss=bench.close,
                 progress=bench.progress(step.name),

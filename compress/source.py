@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ LOADER_VERSION = 1  # raised when the same file would give other weights or anot
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _TOKENIZERS = ["tokenizer.model", "vocab.txt", "merges.txt"]  # beside tokenizer.json
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", *_TOKENIZERS, "README.md"]
+_TYPE = re.compile(r"[.-](i?q\d\w*|b?fp?(16|32)|mxfp4\w*)$", re.IGNORECASE)  # at the end of a GGUF file's name
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 # GGUF names a pre-tokenizer; transformers' conversion ignores it and splits no digits.
@@ -143,12 +145,12 @@ def gguf_fields(path: Path) -> Mapping[str, Any]:
     return _gguf_fields(path, _stamp(path))
 
 
-@cache  # some seconds for a large vocabulary, and asked for by facts, config and loader alike
+@cache  # asked for by facts, config and loader alike
 def _gguf_fields(path: Path, stamp: tuple[int, ...]) -> Mapping[str, Any]:
-    from gguf import GGUFReader
+    from compress.gguf_header import Header
 
     try:
-        reader = GGUFReader(path)
+        reader = Header(path)
         wanted = {k: f for k, f in reader.fields.items() if not k.startswith("tokenizer.ggml.") or len(f.data) == 1}
         return {key: field.contents() for key, field in wanted.items()} | {
             "tensor_types": {t.name: t.tensor_type.name for t in reader.tensors}
@@ -231,6 +233,12 @@ def _folder_files(folder: Path) -> list[Path]:
     return files
 
 
+def _name(source: Source) -> str:
+    """A folder's own name, of a package or the hub the last part of what names it."""
+    path = Path(source.spec).expanduser()
+    return Path(os.path.abspath(path)).name if path.exists() else source.spec.partition("@")[0].rpartition("/")[2]
+
+
 def _load_folder(source: Source, dtype: str) -> Model:
     assert source.path is not None
     _folder_files(source.path)
@@ -255,7 +263,7 @@ def _load_folder(source: Source, dtype: str) -> Model:
     _require_every_tensor(source.path, found)
     if config(source)["model_type"] in SEQ2SEQ:
         settle_head(module, facts(source).tied)
-    return model_of(module, tokenizer, dtype, name=source.spec.partition("@")[0].rsplit("/", 1)[-1])
+    return model_of(module, tokenizer, dtype, name=_name(source))
 
 
 def _stream_folder(source: Source, dtype: str) -> Model:
@@ -292,7 +300,7 @@ def _stream_folder(source: Source, dtype: str) -> Model:
     shelf.encoded.announce(weights.encodings(names))
     floats, encoded = weights.read([name for name in names if shelf.index(name) is None])
     materialize(module, {**floats, **{name: tensor.decode() for name, tensor in encoded.items()}}, shelf)
-    model = Model(module, tokenizer, dtype, source.spec.partition("@")[0].rsplit("/", 1)[-1], shelf=shelf)
+    model = Model(module, tokenizer, dtype, _name(source), shelf=shelf)
     model.encoded.update(encoded)
     return model
 
@@ -327,7 +335,7 @@ def _load_gguf(source: Source, dtype: str) -> Model:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     _require_every_tensor(path, found)
     _fix_pre_tokenizer(tokenizer, str(fields.get("tokenizer.ggml.pre", "default")), path)
-    model = Model(module, tokenizer, dtype, name=path.stem)
+    model = Model(module, tokenizer, dtype, name=_TYPE.sub("", path.stem))
     if any(kind not in ("F32", "F16", "BF16") for kind in fields["tensor_types"].values()):
         permute_channels(module, model.facts)
     return model

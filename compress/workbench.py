@@ -16,6 +16,7 @@ from compress.interfaces import Documents, Evaluator, Progress
 from compress.measure import measure
 from compress.noise import Noise
 from compress.plugin import evaluator
+from compress.provenance.facts import shown
 from compress.recipe import Recipe
 from compress.record import Baseline, Metric
 from compress.store import Store, key_of
@@ -186,6 +187,10 @@ class Workbench:
     def windows(self, role: str, model: Model) -> Sequence[Tensor]:
         """Packed windows of token ids for the steps: "calibration" or "selection"."""
         return _packed(self._part(role), model)
+
+    def source_of(self, role: str) -> str:
+        """The source of "calibration" or "selection" by its name alone, which files may tell others."""
+        return shown(self._part(role).request.source)
 
     def _part(self, role: str) -> data.Split:
         (part,) = [s for s in self.splits if s.request.role == role]

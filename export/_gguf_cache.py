@@ -15,6 +15,11 @@ KEYS, VALUES = "compress.cache.keys", "compress.cache.values"
 GGML_TYPES = {"q4_0": 2, "q8_0": 8}  # llama.cpp's numbers
 
 
+def asked(reader: Any) -> dict[str, Any]:
+    """Both keys of a file that is being read, as far as it has them."""
+    return {key: reader.fields[key].contents() for key in (KEYS, VALUES) if key in reader.fields}
+
+
 def types(header: Mapping[str, Any]) -> CacheRounding | None:
     """What a file's header asks for; None for llama.cpp's float16. Raises Corrupt for half of it, or unknown types."""
     found = [header.get(key) or None for key in (KEYS, VALUES)]

@@ -95,10 +95,9 @@ def check(tokenizer: Any, eos_ids: frozenset[int], encode: Callable[[str], list[
 
     encode, ends: llama.cpp's, from the written file.
     """
-    for text in probes(tokenizer):
-        wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
-        found = encode(text)
-        if found != wanted:
+    texts = list(probes(tokenizer))
+    for text, wanted in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        if (found := encode(text)) != wanted:
             raise CompressError(f"gguf: llama.cpp tokenizes {text!r} as {found}, expected {wanted}; export to onnx")
     if missing := eos_ids - ends:
         raise CompressError(f"gguf: llama.cpp would not stop at the end-of-sequence ids {sorted(missing)}")

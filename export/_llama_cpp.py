@@ -56,12 +56,12 @@ def find(path: Path) -> Path:
 
 
 def read(path: Path) -> Any:
-    """The file's header and tensors (mapped, not loaded) by gguf-py; raises RecipeError or Corrupt."""
-    from gguf import GGUFReader
+    """The file's header, long arrays aside, and tensors (mapped, not loaded); raises RecipeError or Corrupt."""
+    from compress.gguf_header import Header
 
     file = find(path)
     try:
-        return GGUFReader(file)
+        return Header(file)
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
         raise Corrupt(f"{file}: not a readable GGUF file ({error}); export it again") from error
 
@@ -81,7 +81,7 @@ class LlamaCpp:
         self._context_size = 0
         # Parsed first: llama.cpp aborts the process on some malformed headers.
         self.compute = "none" if vocabulary_only else _compute(read(self.path))
-        self.digest = _sha256(self.path)
+        self.digest = "" if vocabulary_only else _sha256(self.path)
         parameters = self._library.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.vocab_only = vocabulary_only
@@ -317,7 +317,7 @@ def _compute(reader: Any) -> str:
             sizes[tensor.tensor_type.name] += int(tensor.n_elements)
     kinds = [kind for kind, _ in sizes.most_common()]
     activations = dict.fromkeys(_ACTIVATIONS.get(kind, "int8") for kind in kinds)
-    cache = _gguf_cache.types({key: field.contents() for key, field in reader.fields.items()}) or "float16 cache"
+    cache = _gguf_cache.types(_gguf_cache.asked(reader)) or "float16 cache"
     return f"{' + '.join(kinds)} weights, {' + '.join(activations)} activations, {cache}"
 
 

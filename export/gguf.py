@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from compress.model import Model
 
-FILE = "model.gguf"
 BLOCK = 32
 
 
@@ -112,7 +111,7 @@ class Gguf(Exporter):
         """The types that the file names."""
         from export import _llama_cpp
 
-        return _gguf_cache.types({key: f.contents() for key, f in _llama_cpp.read(path).fields.items()})
+        return _gguf_cache.types(_gguf_cache.asked(_llama_cpp.read(path)))
 
     def usage_of(self, cache: CacheRounding | None = None, paired: bool = False) -> Mapping[str, str]:
         """The lines that load the file, with the options for its cache."""
@@ -163,9 +162,10 @@ class Gguf(Exporter):
             raise RecipeError(f"gguf: {old}; pip install --upgrade 'compress-toolkit[gguf]'")
 
     def write(self, model: Model, out: Path) -> None:
-        """Write `out/model.gguf`; raises RecipeError for what the format or llama.cpp cannot express.
+        """Write one file into `out`, named as `_gguf_origin.file_name` says.
 
-        CompressError where llama.cpp reads other token ids from the file than the model's tokenizer.
+        Raises RecipeError for what the format or llama.cpp cannot express, CompressError where llama.cpp reads other
+        token ids from the file than the model's tokenizer.
         """
         from gguf import GGUFWriter
 
@@ -173,22 +173,22 @@ class Gguf(Exporter):
 
         self.check(model.facts)
         dialect = DIALECTS[model.facts.architecture.model_type]
-        writer = GGUFWriter(out / FILE, dialect.name, use_temp_file=model.shelf is not None)
+        writer = GGUFWriter(None, dialect.name, use_temp_file=model.shelf is not None)
         try:
             config = model.module.config
             _add_shape(writer, config.to_dict(), model.facts)
             _gguf_origin.add(writer, model)
             _gguf_vocabulary.add(writer, model.tokenizer, model.vocabulary_size, model.eos_ids)
-            self._add_tensors(writer, model, dialect)
+            file = out / _gguf_origin.file_name(model, self._add_tensors(writer, model, dialect))
             if model.cache is not None:
                 writer.add_string(_gguf_cache.KEYS, model.cache.keys)
                 writer.add_string(_gguf_cache.VALUES, model.cache.values)
-            writer.write_header_to_file()
+            writer.write_header_to_file(file)
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
         finally:
             writer.close()
-        opened = _llama_cpp.LlamaCpp(out / FILE, vocabulary_only=True)
+        opened = _llama_cpp.LlamaCpp(file, vocabulary_only=True)
         try:
             _gguf_vocabulary.check(model.tokenizer, model.eos_ids, opened.encode, opened.eos_ids)
         finally:
@@ -226,8 +226,8 @@ class Gguf(Exporter):
                 held = held - architecture.offset(name)
             yield name, _reordered(name, held, dialect, heads, kv_heads, back=True)
 
-    def _add_tensors(self, writer: Any, model: Model, dialect: Dialect) -> None:
-        """Add every tensor in its block type, then llama.cpp's name of the mix, or the type that most weights have."""
+    def _add_tensors(self, writer: Any, model: Model, dialect: Dialect) -> str:
+        """Add every tensor in its block type; llama.cpp's name of the mix, or of the type that most weights have."""
         import gguf
 
         facts = model.facts
@@ -253,6 +253,7 @@ class Gguf(Exporter):
         writer.add_file_type(gguf.LlamaFileType[named])
         if weights.keys() - _FLOATS.keys():
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        return named.removeprefix("MOSTLY_").removeprefix("ALL_").removesuffix("_MOE")
 
 
 def _add_shape(writer: Any, config: Mapping[str, Any], facts: Facts) -> None:

@@ -7,8 +7,11 @@ the same precision of activations; theirs holds a tied embedding in int4, ours i
 quantize.ggml, with importances of 2,048 random tokens (their values move no size and no speed), against llama.cpp's own
 llama_model_quantize of the float32 file; where its types do not fit a shape, both store llama.cpp's fallback. seconds:
 ours to round (with calibration, for GGUF) and to write (with the builder's graph, for ONNX), and theirs for both in
-one; llama.cpp's time includes the float32 file that it starts from. Ratios are ours over theirs; those of speed are
-paired by round, with 95 % intervals, by `compress bench`. One JSON object per pair.
+one; llama.cpp's time includes the float32 file that it starts from. proof: of our files, whether every tensor is the
+model's as stored bytes, their size over the nominal bytes of tensors (with the rotary tables of a genai graph) and
+tokenizer, and KL in nats from the torch model and of decoding from reading at once, on the first documents of pydoc.
+Ratios are ours over theirs; those of speed are paired by round, with 95 % intervals, by `compress bench`. One JSON
+object per pair.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ from typing import Any
 
 import torch
 
-from compress import opening
+from compress import data, opening
 from compress.bench import bench
-from compress.interfaces import Context
+from compress.encodings import EncodedTensor
+from compress.exporting import weights_exact
+from compress.interfaces import Context, Documents, Exporter
 from compress.model import Model
+from compress.parity import DOCUMENTS, decode_check, parity_checks
 from compress.plugin import exporter, step
 
 CALIBRATION_TOKENS = 2048
@@ -54,15 +60,17 @@ def main() -> None:
             for a in options.onnx or []
         ]
         pairs += [(f"gguf {mix}", gguf_pair(options.model, mix, folder / f"gguf-{mix}")) for mix in options.gguf or []]
-        for name, (ours, theirs) in pairs:
-            print(json.dumps({"pair": name, **compared(ours, theirs, options)}), flush=True)
+        for name, (ours, theirs, proof) in pairs:
+            print(json.dumps({"pair": name, "proof": proof, **compared(ours, theirs, options)}), flush=True)
 
 
 Made = tuple[Path, dict[str, float]]
 """A folder, and the seconds that each part of making it took."""
+Pair = tuple[Made, Made, dict[str, Any]]
+"""Ours, theirs, and what is proven of ours."""
 
 
-def onnx_pair(spec: str, activations: str, embeddings: str, folder: Path) -> tuple[Made, Made]:
+def onnx_pair(spec: str, activations: str, embeddings: str, folder: Path) -> Pair:
     """Our int4 file and onnxruntime-genai's own, of the same float32 model."""
     from export.onnx import build, save_skeleton
 
@@ -75,11 +83,12 @@ def onnx_pair(spec: str, activations: str, embeddings: str, folder: Path) -> tup
     declare(theirs)
 
     rounding = step("quantize.rtn")(encoding="int4", group_size=32, embeddings=embeddings)
+    made = exporter("onnx")(activations=activations)
     own = {
         "rounding": timed(lambda: rounding.apply(model, Context(seed=0))),
-        "writing": timed(lambda: exporter("onnx")(activations=activations).write(model, folder / "ours")),
+        "writing": timed(lambda: made.write(model, folder / "ours")),
     }
-    return (folder / "ours", own), (theirs, {"both": seconds})
+    return (folder / "ours", own), (theirs, {"both": seconds}), proven(model, made, folder / "ours")
 
 
 def declare(folder: Path) -> None:
@@ -93,8 +102,10 @@ def declare(folder: Path) -> None:
     onnx.save(graph, folder / GRAPH)
 
 
-def gguf_pair(spec: str, mix: str, folder: Path) -> tuple[Made, Made]:
+def gguf_pair(spec: str, mix: str, folder: Path) -> Pair:
     """Our file of a mix and llama.cpp's own, of the same float32 model."""
+    from export._llama_cpp import find
+
     model = opening.load(spec)
     float32, theirs, ours = (folder / name for name in ("float32", "theirs", "ours"))
     for path in (float32, theirs, ours):
@@ -102,15 +113,48 @@ def gguf_pair(spec: str, mix: str, folder: Path) -> tuple[Made, Made]:
 
     def peer() -> None:
         exporter("gguf")().write(model, float32)
-        quantize(float32 / "model.gguf", theirs / "model.gguf", mix)
+        quantize(find(float32), theirs / f"{mix}.gguf", mix)
 
     seconds = timed(peer)
-    rounding = step("quantize.ggml")(preset=mix, fallback="llama.cpp")
+    rounding, made = step("quantize.ggml")(preset=mix, fallback="llama.cpp"), exporter("gguf")()
     own = {
         "rounding": timed(lambda: rounding.apply(model, calibrated(model))),
-        "writing": timed(lambda: exporter("gguf")().write(model, ours)),
+        "writing": timed(lambda: made.write(model, ours)),
     }
-    return (ours, own), (theirs, {"both": seconds})
+    return (ours, own), (theirs, {"both": seconds}), proven(model, made, ours)
+
+
+def proven(model: Model, made: Exporter, folder: Path) -> dict[str, Any]:
+    """What our files hold, how large they are, and what they compute."""
+    texts = [(d.id, d.text) for d in data.documents("pydoc")[:DOCUMENTS]]
+    datasets = [Documents("pydoc", texts, "")]
+    opened = made.open(folder)
+    try:
+        (decode,), (parity, *_) = decode_check(opened, datasets), parity_checks(opened, model, datasets)
+    finally:
+        opened.close()
+    tensors = [t.nominal_bytes if isinstance(t, EncodedTensor) else 4 * t.numel() for _, t in model.tensors()]
+    with tempfile.TemporaryDirectory() as tokenizer:
+        model.save_tokenizer(Path(tokenizer))
+        nominal = sum(tensors) + rotary_tables(folder) + bytes_of(Path(tokenizer))
+    return {
+        "weights_exact": weights_exact(model, made, folder),
+        "size over nominal": bytes_of(folder) / nominal,
+        "kl_from_the_model": parity.details["kl"],
+        "kl_of_decoding": decode.loss,
+    }
+
+
+def rotary_tables(folder: Path) -> int:
+    """Bytes of the tables by which onnxruntime-genai's graphs turn queries and keys: tensors that the model has not."""
+    from export._onnx_file import GRAPH, load
+
+    held = load(folder).graph.initializers if (folder / GRAPH).is_file() else {}
+    return sum(int(held[name].const_value.nbytes) for name in ("cos_cache", "sin_cache") if name in held)
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def quantize(source: Path, out: Path, mix: str) -> None:
@@ -180,7 +224,7 @@ def compared(ours: Made, theirs: Made, options: argparse.Namespace) -> dict[str,
 
 def weights_bytes(folder: Path) -> int:
     """Bytes of graph and weights, without tokenizer and configuration."""
-    return sum(p.stat().st_size for p in folder.iterdir() if p.name.startswith("model."))
+    return sum(p.stat().st_size for p in folder.iterdir() if p.suffix == ".gguf" or p.name.startswith("model."))
 
 
 if __name__ == "__main__":

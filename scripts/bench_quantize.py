@@ -182,11 +182,12 @@ def linear_bits(model: Any) -> float:
 def as_gguf(model: Any, options: argparse.Namespace) -> dict[str, float]:
     """Size, perplexity and mean KL of the model's GGUF file in llama.cpp."""
     from compress.plugin import exporter
+    from export._llama_cpp import find
 
     with tempfile.TemporaryDirectory() as folder:
         chosen = exporter("gguf")()
         chosen.write(model, Path(folder))
-        (file,) = Path(folder).glob("*.gguf")
+        file = find(Path(folder))
         opened = chosen.open(Path(folder))
         try:
             found = scored(opened, options)

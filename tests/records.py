@@ -102,7 +102,7 @@ def step(attempts: list[Record], size: int | None, bits: float | None, letter: s
 
 
 def export(format: str, size: int, scale: float, runtime: str, compute: str) -> Record:
-    name = {"gguf": "model.gguf", "onnx": "model.onnx"}[format]
+    name = {"gguf": "SmolLM2-135M-Instruct-Q4_0.gguf", "onnx": "model.onnx"}[format]
     return {
         "format": format,
         "path": f"artifacts/{format}",

@@ -30,6 +30,7 @@ from compress.model import Model
 from compress.plugin import exporter
 from compress.report.markup import VOID
 from compress.store import Store
+from export._llama_cpp import find
 from tests.test_run import INT8, load, place  # noqa: F401 (a fixture)
 from tests.tiny_gguf import tiny
 
@@ -116,7 +117,7 @@ def test_artifacts_are_measured_in_turns_in_processes_that_end(gated, ungated):
             assert 0 < e.lower <= e.value <= e.upper < float("inf")
         assert two.ratios[name].value == pytest.approx(two.metrics[name].value / one.metrics[name].value, rel=1e-6)
     assert one.metrics["latency_p50_ms"].value <= one.metrics["latency_p95_ms"].value < 1000
-    assert one.size_bytes == (gated / "model.gguf").stat().st_size < two.size_bytes
+    assert one.size_bytes == find(gated).stat().st_size < two.size_bytes
     assert {q.metric for q in one.quality} == {"perplexity", "divergence"} and not two.quality
     text = table.lines(found)
     assert text[-1].endswith("is the ratio to gguf") and sum("tokens/s" in line for line in text) == 4
@@ -126,7 +127,7 @@ def test_peak_memory_is_that_of_the_model(tmp_path):
     like = tiny()
     config = like.module.config.to_dict() | {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
     compress.export(Model(LlamaForCausalLM(LlamaConfig(**config)), like.tokenizer), "gguf", tmp_path / "out")
-    size = (tmp_path / "out" / "model.gguf").stat().st_size
+    size = find(tmp_path / "out").stat().st_size
     worker = Worker(str(tmp_path / "out"), 1)
     worker.prepare(24)
     peaks = [worker.measure(16, 8).peak_bytes for _ in range(2)]
@@ -158,10 +159,10 @@ def test_what_cannot_be_measured_is_said(gated, tmp_path):
         bench.bench([str(gated)], rounds=2)
     with pytest.raises(RecipeError, match="no such file or folder"):
         bench.bench([str(tmp_path / "absent")])
-    raw = bytearray((copy / "model.gguf").read_bytes())
+    raw = bytearray(find(copy).read_bytes())
     raw[-1] ^= 1
-    (copy / "model.gguf").write_bytes(raw)
-    with pytest.raises(Corrupt, match="model.gguf"):
+    find(copy).write_bytes(raw)
+    with pytest.raises(Corrupt, match=find(copy).name):
         bench.bench([str(copy)])
     assert not psutil.Process().children(recursive=True)
 

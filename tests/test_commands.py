@@ -11,6 +11,7 @@ import pytest
 from compress import diff, doctor, record, report, requirements, run, verify
 from compress.errors import Corrupt, RecipeError
 from compress.store import Store
+from export._llama_cpp import find
 from tests.test_run import INT8, load, place  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def flip(path: Path) -> None:
 def test_what_a_run_left_verifies(made):
     folder, store = made
     gguf = folder / "artifacts" / "gguf"
-    for path in (folder, folder / "run.json", folder / "artifacts", gguf, gguf / "model.gguf"):
+    for path in (folder, folder / "run.json", folder / "artifacts", gguf, find(gguf)):
         line, *origins = verify.verify(path)
         assert line == f"{gguf}: 4 files match"
         assert len(origins) == (4 if path in (folder, folder / "run.json") else 0)
@@ -63,14 +64,14 @@ def test_what_a_run_left_verifies(made):
 
 
 def test_one_changed_bit_is_exit_8_and_named(copy):
-    file = copy / "artifacts" / "gguf" / "model.gguf"
+    file = find(copy / "artifacts" / "gguf")
     flip(file)
     for path in (copy, file.parent, file):
         done = command("verify", path)
         assert done.returncode == 8 and str(file) in done.stderr and not done.stdout
         assert len(done.stderr.strip().splitlines()) == 1
     file.unlink()
-    with pytest.raises(Corrupt, match="model.gguf: missing"):
+    with pytest.raises(Corrupt, match=f"{file.name}: missing"):
         verify.verify(copy)
 
 
@@ -89,7 +90,7 @@ def test_what_has_no_digest_is_said_and_never_passes(copy, tmp_path):
     moved = Path(shutil.copytree(copy / "artifacts" / "gguf", tmp_path / "elsewhere" / "a" / "b"))
     assert verify.verify(moved)[0] == f"{moved}: 4 files match"
     (moved / "compression.json").unlink()
-    for path in (moved, moved / "model.gguf", tmp_path / "absent"):
+    for path in (moved, find(moved), tmp_path / "absent"):
         with pytest.raises(RecipeError):
             verify.verify(path)
     found = json.loads((copy / "run.json").read_text())

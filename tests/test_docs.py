@@ -20,6 +20,7 @@ from compress import plugin, run, verify
 from compress import recipe as recipes
 from compress.errors import RecipeError
 from compress.store import Store
+from export._llama_cpp import find
 from tests.tiny import WORDS
 from tests.tiny_gguf import tiny
 
@@ -57,7 +58,7 @@ def test_the_python_interface_does_what_its_page_says(place, capsys):
     assert names["made"].weights_exact and not names["made"].gated
     assert [c.verdict for c in names["result"].checks] == ["PASS", "PASS"]
     assert names["again"].digest == names["model"].digest  # the run's only step is the one made by hand
-    files = [place / folder / "model.gguf" for folder in ("my-export", "my-second-export")]
+    files = [find(place / folder) for folder in ("my-export", "my-second-export")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert "perplexity" in capsys.readouterr().out
 

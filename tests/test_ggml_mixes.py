@@ -47,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Model, P
         folder = tmp_path_factory.mktemp("float32")
         model = shaped(name)
         exporter("gguf")().write(model, folder)
-        made[name] = (model, folder / "model.gguf")
+        made[name] = (model, _llama_cpp.find(folder))
     return made
 
 
@@ -111,7 +111,7 @@ def test_the_step_makes_llama_cpps_very_bytes_from_the_same_importances(
     context = Context(seed=0, calibration=calibration)
     step("quantize.ggml")(preset=preset, **fields).apply(model, context)
     exporter("gguf")().write(model, tmp_path)
-    ours = gguf.GGUFReader(tmp_path / "model.gguf")
+    ours = gguf.GGUFReader(_llama_cpp.find(tmp_path))
     names = gguf_names(model)
     importances = {names[tensor]: values.contiguous() for tensor, values in seen.items()}
     assert len(importances) == len(model.facts.linears)
@@ -166,6 +166,6 @@ def test_a_mix_of_the_users_own_has_the_name_of_most_of_its_weights(tmp_path):
     fields: dict[str, Any] = {"preset": "Q4_K_M", "keep": {"*.o_proj": "q5_k"}}
     step("quantize.ggml")(**fields).apply(model, Context(seed=0, calibration=[torch.arange(32)]))
     exporter("gguf")().write(model, tmp_path)
-    kind = gguf.GGUFReader(tmp_path / "model.gguf").fields["general.file_type"].contents()
+    kind = gguf.GGUFReader(_llama_cpp.find(tmp_path)).fields["general.file_type"].contents()
     assert kind == int(gguf.LlamaFileType.MOSTLY_Q4_K_S)
     assert tiny_gguf.differing(model, tmp_path) == set()

@@ -15,7 +15,7 @@ LAYERS = [
     ("compress.attention", "compress.conv1d"),
     ("compress.storage", "compress.streaming"),
     ("compress.model", "compress.classifier", "compress.seq2seq", "compress.source", "compress.permutation",
-     "compress.ggml_mixes"),
+     "compress.ggml_mixes", "compress.gguf_header"),
     ("compress.data", "compress.artifact", "compress.blocks", "compress.lineage"),
     ("compress.interfaces",),
     ("compress.plugin",),

@@ -262,6 +262,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
 
 
 def test_a_gguf_without_a_tensor_is_refused(tmp_path, monkeypatch):
+    from export._llama_cpp import find
     from export.gguf import Gguf
     from tests.tiny_gguf import tiny
 
@@ -269,8 +270,25 @@ def test_a_gguf_without_a_tensor_is_refused(tmp_path, monkeypatch):
     tensors = [(key, tensor) for key, tensor in model.tensors() if key != name]
     monkeypatch.setattr(model, "tensors", lambda: iter(tensors))
     Gguf().write(model, tmp_path)
-    with pytest.raises(Corrupt, match=f"model.gguf: tensor {name} is missing"):
-        source.load(str(tmp_path / "model.gguf"))
+    with pytest.raises(Corrupt, match=f"model-.*-F32.gguf: tensor {name} is missing"):
+        source.load(str(find(tmp_path)))
+
+
+def test_a_model_has_the_name_of_its_folder_or_of_what_names_it(tmp_path, monkeypatch):
+    folder = tmp_path / "mine@2"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    names = {f"{folder}/": "mine@2", ".": "mine@2", "../mine@2": "mine@2", "org/name@v1": "name", "pkg:x": "pkg:x"}
+    assert {spec: source._name(source.Source(spec, "folder", None)) for spec in names} == names
+    names = {
+        "a-Q4_0": "a",
+        "SmolLM2.Q4_1": "SmolLM2",
+        "m-BF16": "m",
+        "m-fp16": "m",
+        "Qwen2": "Qwen2",
+        "a-qwen2": "a-qwen2",
+    }
+    assert {name: source._TYPE.sub("", name) for name in names} == names
 
 
 def test_a_hub_id_without_network_is_a_network_error(monkeypatch):

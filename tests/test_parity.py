@@ -13,14 +13,18 @@ import onnx
 import pytest
 import torch
 
-from compress import parity
+from compress import parity, run
 from compress.encodings import Encoding
 from compress.exporting import weights_exact
 from compress.gate import CheckResult
 from compress.interfaces import Documents, LanguageModel
 from compress.model import Model
 from compress.plugin import exporter
+from compress.store import Store
+from export._llama_cpp import find
+from export.onnx import Onnx
 from tests import tiny_gguf
+from tests.test_run import INT8, load, place  # noqa: F401 (a fixture)
 from tests.tiny import documents
 from tests.tiny_onnx import encode
 
@@ -80,6 +84,8 @@ def test_an_artifact_computes_what_was_gated_within_its_precision(format, export
     assert found["parity_tokens"].tokens == parity.GENERATED and found["parity"].examples == 6
     kind = parity.precision(opened.compute, model.compute)
     assert kind == ("int8" if format == "gguf" else "float32")
+    limits = {"int8": (1e-7, 0.03), "float32": (0.0, 1e-5)}  # nats, those of docs/gates.md
+    assert limits[kind][0] <= found["parity"].details["kl"] < limits[kind][1]
     if kind == "int8":  # and the tighter tolerance would tell the difference
         assert found["parity"].loss > parity.TOLERANCES["float32"].mean
     opened.close()
@@ -110,13 +116,39 @@ def test_the_module_in_which_the_models_part_is_named(format, tensor, module, ex
     opened.close()
 
 
+def turn(path: Path) -> None:
+    """Queries of the second block are no longer rotated, but something else."""
+    graph = onnx.load(path / "model.onnx", load_external_data=False)
+    turned = next(n for n in graph.graph.node if n.name.startswith("model.layers.1.self_attn/Neg"))
+    turned.op_type = "Abs"
+    onnx.save(graph, path / "model.onnx")
+
+
+class Turned(Onnx):
+    """Writes the very weights, into a graph that computes something else."""
+
+    def write(self, model: Model, out: Path) -> None:
+        super().write(model, out)
+        turn(out)
+
+
+def test_a_run_whose_artifact_computes_something_else_is_exit_3_and_names_the_module(place, tmp_path):  # noqa: F811
+    recipe = load(place, f"[{{{INT8}}}]", "[onnx: {flavour: portable}]")
+    entry = recipe.export[0].model_copy(update={"exporter": Turned(flavour="portable")})
+    record, folder = run.apply(
+        recipe.model_copy(update={"export": (entry,)}), tmp_path / "run", Store(tmp_path / "home")
+    )
+    assert (record.status, record.exit_code) == ("failed", 3) and record.release.verdict == "PASS"
+    (made,) = record.exports
+    (found,) = (c for c in made.gate.checks if c.metric == "parity")
+    assert made.weights_exact and found.verdict == "FAIL" and "part in model.layers.1.self_attn:" in found.definition
+    assert not (folder / "artifacts").exists()
+
+
 def test_equal_weights_in_another_graph_are_noticed(exported, tmp_path):
     model, path = exported("portable")
     path = Path(shutil.copytree(path, tmp_path / "copy"))
-    graph = onnx.load(path / "model.onnx", load_external_data=False)
-    turned = next(n for n in graph.graph.node if n.name.startswith("model.layers.1.self_attn/Neg"))
-    turned.op_type = "Abs"  # queries are no longer rotated, but something else
-    onnx.save(graph, path / "model.onnx")
+    turn(path)
     assert weights_exact(model, exporter("onnx")(flavour="portable"), path)
     opened = open_("portable", path)
     found = checks(opened, model)
@@ -128,7 +160,7 @@ def test_equal_weights_in_another_graph_are_noticed(exported, tmp_path):
 def test_llama_cpp_says_that_something_differs_but_not_where(exported, tmp_path):
     model, path = exported("gguf")
     path = Path(shutil.copytree(path, tmp_path / "copy"))
-    field = gguf.GGUFReader(path / "model.gguf", "r+").get_field("llama.rope.freq_base")
+    field = gguf.GGUFReader(find(path), "r+").get_field("llama.rope.freq_base")
     assert field is not None
     field.parts[field.data[0]][0] = 10.0  # other rotations of the same weights
     assert weights_exact(model, exporter("gguf")(), path)

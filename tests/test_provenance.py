@@ -19,6 +19,7 @@ from compress.interfaces import Context
 from compress.plugin import exporter, step
 from compress.report.markdown import escape
 from compress.store import Store
+from export._llama_cpp import find
 from export.gguf import Gguf
 from tests.test_run import INT8, load, place  # noqa: F401 (a fixture)
 from tests.tiny_gguf import tiny
@@ -125,7 +126,7 @@ def test_equal_models_ship_equal_bytes_and_no_gate_is_claimed(tmp_path):
     for folder in folders:
         compress.export(rounded(), "gguf", folder)
     files = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders]
-    assert files[0] == files[1] and files[0].keys() == {*provenance.FILES, "model.gguf"}
+    assert files[0] == files[1] and files[0].keys() == {*provenance.FILES, find(folders[0]).name}
     facts = provenance.read(folders[0])
     assert facts["gates"] is facts["recipe"] is None and facts["model"]["digest"] == rounded().digest
     card = (folders[0] / "README.md").read_text()

@@ -77,6 +77,7 @@ def test_a_run_rejects_accepts_exports_and_is_re_used(place, store, tmp_path):
         assert (folder / export.path / file.name).stat().st_size == file.bytes
     for name in ("run.json", "report.html", "report.md", "recipe.resolved.yaml"):
         assert (folder / name).is_file()
+    assert "mean KL from the gated model (nats)" in (folder / "report.html").read_text()
     parsed = json.loads((folder / "run.json").read_text())
     assert RunRecord.model_validate(parsed) == record
     again, _ = run.apply(recipe, tmp_path / "run", store)

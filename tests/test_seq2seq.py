@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration
 
 from compress import artifact, inspection, measure, pairs, plan, plugin, recipe, refusals, source
 from compress.architectures import Facts
@@ -69,7 +70,8 @@ def test_the_table_names_every_matrix_and_every_linear_of_the_blocks(kind: str) 
     [
         ({"architectures": ["T5EncoderModel"]}, "supported as …ForConditionalGeneration, not as T5EncoderModel"),
         ({"architectures": None}, "not as no head"),
-        ({"model_type": "umt5"}, "'umt5' is not supported; supported: .*gpt2, t5, mt5"),
+        ({"model_type": "umt5"}, "'umt5' is not supported: it reads a source .*, and of such models t5 and mt5 are;"),
+        ({"model_type": "umt5", "is_encoder_decoder": False}, "'umt5' is not supported; supported: .*gpt2, t5, mt5"),
         ({"architectures": ["T5ForSequenceClassification"]}, "a classifier of architecture 't5' is not supported"),
     ],
 )
@@ -297,6 +299,22 @@ def test_what_cannot_work_is_refused_by_the_plan(changed: dict[str, str], messag
     assert described["parameters"] == found.parameters and described["steps"][0]["bits_per_weight"] < 10
     with pytest.raises(RecipeError, match=message):
         plan.describe(recipe.load(RECIPE.format(**{**fields, **changed})), found)
+
+
+def test_bart_is_refused_by_the_plan_before_its_weights_load(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"d_model": 16, "vocab_size": 60, "max_position_embeddings": 32}
+    for half in ("encoder", "decoder"):
+        shape |= {f"{half}_layers": 1, f"{half}_ffn_dim": 32, f"{half}_attention_heads": 2}
+    BartForConditionalGeneration(BartConfig(**shape)).save_pretrained(tmp_path / "bart")
+    (tmp_path / "bart" / "model.safetensors").unlink()
+    path = write_pairs(tmp_path / "rows.jsonl", sentences(150))
+    fields = {"model": str(tmp_path / "bart"), "source": f"file:{path}", "step": "{quantize.rtn: {}}"}
+    asked = recipe.load(RECIPE.format(**fields, export="onnx: {flavour: portable}"))
+    wanted = (
+        "architecture 'bart' is not supported: it reads a source and writes a target, and of such models t5 and mt5"
+    )
+    with pytest.raises(RecipeError, match=wanted):
+        plan.describe(asked, source.facts(source.resolve(asked.model)))
 
 
 def test_pairs_are_refused_for_a_model_of_text(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from compress.interfaces import Context
 from compress.model import Model
 from compress.plugin import step
 from compress.store import Store
+from export._llama_cpp import find
 from tests.test_plan import HEAD, SMOL, recipe, refusal
 from tests.tiny import WORDS
 from tests.tiny_gguf import tiny
@@ -115,7 +116,7 @@ def test_a_run_streams_from_the_folder_to_the_gated_file(place, tmp_path):
     record, folder = run.apply(recipes.load(text), tmp_path / "run", Store(tmp_path / "home"))
     assert (record.status, record.exit_code) == ("passed", 0), record
     assert record.baseline.size_bytes < 0.7 * 4 * record.steps[0].parameters  # matrices stay bfloat16
-    assert record.exports[0].weights_exact and (folder / "artifacts" / "gguf" / "model.gguf").is_file()
+    assert record.exports[0].weights_exact and find(folder / "artifacts" / "gguf").is_file()
     assert len(record.steps[0].layer_errors) == 14
 
 

@@ -15,6 +15,7 @@ from compress.errors import Corrupt, RecipeError
 from compress.interfaces import Context
 from compress.plugin import exporter, step
 from compress.store import Store
+from export._llama_cpp import find
 from export.gguf import Gguf
 from tests.test_run import INT4, INT8, load, place  # noqa: F401 (a fixture)
 from tests.tiny_gguf import tiny
@@ -67,7 +68,7 @@ def test_a_run_stands_for_the_model_that_it_accepted_last(made, tmp_path):
     assert model.digest == rounded("int8").digest
     assert measure.open_model(str(folder)).digest == model.digest
     found = compress.export(folder, "gguf", tmp_path / "out")
-    (file,) = [f for f in found.files if f.name == "model.gguf"]
+    (file,) = [f for f in found.files if f.name.endswith("-Q8_0.gguf")]
     assert file.sha256 in {f.sha256 for f in record.exports[0].files}  # what the run gated, to the byte
     assert found.bits_per_weight == record.exports[0].bits_per_weight
     assert f"--against {record.baseline.model}" in found.hint
@@ -123,7 +124,7 @@ def test_an_artifact_is_no_transformers_folder(tmp_path):
 def test_an_open_model_is_exported_and_stays_open(tmp_path):
     model = rounded("int8")
     found = compress.export(model, "gguf", tmp_path / "out")
-    assert [f.name for f in found.files] == ["README.md", "bom.json", "compression.json", "model.gguf"]
+    assert [f.name for f in found.files] == ["README.md", "bom.json", "compression.json", find(tmp_path / "out").name]
     file = found.files[-1]
     path = tmp_path / "out" / file.name
     assert path.stat().st_size == file.bytes == found.size_bytes
@@ -214,8 +215,8 @@ def test_the_command_says_what_it_wrote_and_that_nothing_was_gated(made, tmp_pat
     done = command("export", folder, "gguf", "--out", tmp_path / "out", "--quiet")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     *_, file, summary, note = done.stdout.splitlines()
-    (gated,) = [f for f in record.exports[0].files if f.name == "model.gguf"]
-    assert file.startswith(str(tmp_path / "out" / "model.gguf")) and gated.sha256[:12] in file
+    (gated,) = [f for f in record.exports[0].files if f.name.endswith(".gguf")]
+    assert file.startswith(str(tmp_path / "out" / gated.name)) and gated.sha256[:12] in file
     assert "bits per weight, weights exact" in summary and str(folder) in summary
     assert note.startswith("NOT GATED: ") and "compress eval" in note and "`export: [gguf: {}]`" in note
     again = command("export", folder, "gguf", "--out", tmp_path / "out")

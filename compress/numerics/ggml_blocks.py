@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -128,12 +130,21 @@ def encode_blocks(W: Tensor, kind: str, importance: Tensor | None = None) -> Ten
     out = torch.empty(n, m // size * count, dtype=torch.uint8)
     weights = None if importance is None else importance.float().contiguous()
     address = None if weights is None else weights.data_ptr()
-    written = _library().ggml_quantize_chunk(int(number), W.data_ptr(), out.data_ptr(), 0, n, m, address)
+    library, threads = _library(), min(n, torch.get_num_threads())
+
+    def rows(first: int, last: int) -> int:
+        place = int(number), W.data_ptr(), out.data_ptr(), first * m, last - first, m, address
+        return int(library.ggml_quantize_chunk(*place))
+
+    bounds = [n * i // threads for i in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:  # rows are rounded on their own; the call releases the interpreter
+        written = sum(pool.map(rows, bounds[:-1], bounds[1:]))
     if written != out.numel():
         raise NumericalError(f"libggml wrote {written} bytes of {kind}, expected {out.numel()}")
     return out
 
 
+@cache
 def _library() -> ctypes.CDLL:
     """llama.cpp's libggml-base, of which llama-cpp-python has one."""
     spec = importlib.util.find_spec("llama_cpp")

@@ -192,6 +192,7 @@ def parameters(params: Mapping[str, Any]) -> str:
 DETAIL_NAMES = {
     "js": "mean Jensen-Shannon divergence (nats)",
     "top1": "top-1 agreement",
+    "kl": "mean KL from the gated model (nats)",
     "p50": "median of KL over tokens (nats)",
     "p90": "90th percentile of KL over tokens (nats)",
     "p99": "99th percentile of KL over tokens (nats)",

@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from compress import lineage, plugin, source
+from compress import plugin, source
 from compress.architectures import Facts
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import CompressError, Corrupt, RecipeError
@@ -20,7 +20,7 @@ from compress.model import Model
 from compress.numerics.sampling import gumbel
 from export import _gguf_vocabulary, gguf
 from export._gguf_vocabulary import probes
-from export._llama_cpp import LlamaCpp
+from export._llama_cpp import LlamaCpp, find
 from export.gguf import Gguf
 from tests.tiny_gguf import (
     MODELS,
@@ -105,7 +105,7 @@ def test_scales_of_wider_groups_are_repeated(tmp_path: Path) -> None:
 def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
     model = encoded(tiny(), Encoding("int4", 32))
     Gguf().write(model, tmp_path)
-    file = tmp_path / gguf.FILE
+    file = find(tmp_path)
     data = bytearray(file.read_bytes())
     data[-1 - 4 * 64] ^= 1  # inside the last matrix: the final norm's 64 floats come after it or before it
     file.write_bytes(bytes(data))
@@ -125,7 +125,8 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Gguf().write(encoded(tiny(), Encoding("int4", 32)), tmp_path / name)
-    assert (tmp_path / "a" / gguf.FILE).read_bytes() == (tmp_path / "b" / gguf.FILE).read_bytes()
+    one, other = (find(tmp_path / name) for name in ("a", "b"))
+    assert one.name == other.name and one.read_bytes() == other.read_bytes()
 
 
 def test_the_header_says_what_the_file_holds(tmp_path: Path) -> None:
@@ -139,32 +140,15 @@ def test_the_header_says_what_the_file_holds(tmp_path: Path) -> None:
         ("iq4_nl", LlamaFileType.MOSTLY_IQ4_NL),
         ("fp16", LlamaFileType.MOSTLY_F16),
     ):
-        Gguf().write(encoded(tiny(), Encoding(kind, 32 if kind != "fp16" else None)), tmp_path)
-        fields = GGUFReader(tmp_path / gguf.FILE).fields
+        (tmp_path / kind).mkdir()
+        Gguf().write(encoded(tiny(), Encoding(kind, 32 if kind != "fp16" else None)), tmp_path / kind)
+        fields = GGUFReader(find(tmp_path / kind)).fields
+        label = {"mxfp4": "MXFP4"}.get(kind, wanted.name.removeprefix("MOSTLY_"))
+        assert find(tmp_path / kind).name == f"model-{fields['general.size_label'].contents()}-{label}.gguf"
         assert fields["general.file_type"].contents() == wanted
         assert ("general.quantization_version" in fields) == (kind != "fp16")
         assert fields["tokenizer.ggml.pre"].contents() == "smollm"
         assert fields["llama.rope.dimension_count"].contents() == 16
-
-
-def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
-    from gguf import GGUFReader
-
-    model = encoded(tiny(), Encoding("int4", 32))
-    model.name = "Small-Instruct-v1.2"
-    model.described = {"name": "Small", "repository": "maker/Small", "license": "mit", "languages": ("en", "de")}
-    Gguf().write(model, tmp_path)
-    fields = GGUFReader(tmp_path / gguf.FILE).fields
-    found = {key: field.contents() for key, field in fields.items() if key.startswith("general.")}
-    wanted = {"name": model.name, "basename": "Small", "finetune": "Instruct", "version": "v1.2", "license": "mit"}
-    wanted |= {"languages": ["en", "de"], "quantized_by": "compress-toolkit", "base_model.0.name": "Small"}
-    wanted |= {"base_model.0.repo_url": "https://huggingface.co/maker/Small", "base_model.0.organization": "maker"}
-    assert {key: found[f"general.{key}"] for key in wanted} == wanted and found["general.base_model.count"] == 1
-    assert found["general.size_label"] == f"{model.facts.parameters / 1000:.0f}K"
-    assert lineage.of(source.resolve(str(tmp_path / gguf.FILE))).repository == "maker/Small"
-    Gguf().write(tiny(), tmp_path)  # what nobody knows is left out
-    known = {key for key in GGUFReader(tmp_path / gguf.FILE).fields if key.startswith("general.")}
-    assert not known & {"general.license", "general.base_model.count", "general.quantized_by"}
 
 
 # --- logits -------------------------------------------------------------------------------------------------
@@ -378,7 +362,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="found 0"):
         Gguf().open(tmp_path)
     Gguf().write(encoded(tiny(), Encoding("int4", 32)), tmp_path)
-    whole = (tmp_path / gguf.FILE).read_bytes()
+    whole = find(tmp_path).read_bytes()
     for size in (3, 100, len(whole) // 3, len(whole) - 100):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         with pytest.raises(Corrupt, match=r"cut\.gguf"):

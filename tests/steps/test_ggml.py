@@ -14,6 +14,7 @@ from compress.model import Model
 from compress.numerics.ggml_blocks import encode_blocks
 from compress.plugin import exporter, step
 from compress.steps.quantize.ggml import _importances, _store
+from export._llama_cpp import find
 from tests import tiny_gguf
 from tests.numerics.test_ggml_blocks import c_quantize
 from tests.tiny import tiny_model
@@ -81,7 +82,7 @@ def test_the_artifact_and_the_file_hold_the_very_bytes(kind, tmp_path):
     (tmp_path / "gguf").mkdir()
     exporter("gguf")().write(model, tmp_path / "gguf")
     assert tiny_gguf.differing(model, tmp_path / "gguf") == set()
-    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(find(tmp_path / "gguf")).tensors}
     assert types["blk.0.ffn_down.weight"] == kind.upper() and types["blk.0.attn_v.weight"] == "Q6_K"
 
 

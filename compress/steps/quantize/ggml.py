@@ -43,6 +43,7 @@ class Ggml(Step):
     """
 
     name: ClassVar[str] = "quantize.ggml"
+    version: ClassVar[int] = 2  # artifacts say what importances were measured on
     packs: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 
@@ -92,12 +93,16 @@ class Ggml(Step):
                 f"{self.name}: {len(misfits)} of {len(types)} matrices have rows that blocks of 256 weights do not "
                 f"divide ({_summary(misfits.values())} were asked for); fallback: {self.fallback} stores {stored}"
             )
+        rounded = 0
         for block in walk(model, context.calibration, context.progress):
             for name, importance in _importances(block).items():
                 if kind := types.pop(f"{name}.weight", None):
                     _store(model, f"{name}.weight", kind, importance)
+                    rounded += _encoding(kind).is_coded
         for tensor, kind in types.items():
             _store(model, tensor, kind, None)
+        if rounded:
+            model.importance = ggml_mixes.Importance(context.dataset, rounded, len(context.calibration))
 
     def _types(self, facts: Facts) -> dict[str, KeptName]:
         """The type of every tensor that is stored in one, after the fallback."""
