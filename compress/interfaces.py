@@ -146,12 +146,12 @@ class Context:
     seed: int
     calibration: Sequence[Tensor] = ()
     selection: Sequence[Tensor] = ()
-    dataset: str = ""
     teacher: Callable[[], Model] | None = None
     dismiss: Callable[[], None] = lambda: None
     progress: Progress = lambda label, fraction: None
     work: Path | None = None
     notes: list[str] = field(default_factory=list)  # what the report must say about this step
+    dataset: str = ""
 
 
 class Step(Plugin, ABC):
