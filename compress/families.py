@@ -310,9 +310,8 @@ ENCODERS = {encoder.model_type: encoder for encoder in _ENCODERS}
 class EncoderDecoder(Architecture):
     """Names of the parts of a model whose decoder reads, besides its own text, what an encoder has made of another.
 
-    The fields of `Architecture` are those of the decoder, `encoder_*` those of the encoder; a norm stands before each
-    The fields of `Architecture` are the decoder's, `encoder_*` the encoder's; a norm stands before each
-    holds for all of its blocks.
+    The fields of `Architecture` are the decoder's, `encoder_*` the encoder's; a norm stands before each sublayer. A
+    half's first block holds the table of relative distances, which holds for all of its blocks.
     """
 
     encoder_blocks: str = "encoder.block"

@@ -41,6 +41,7 @@ Chain = list[tuple[str, dict[str, Any]]]
 WOUNDS: dict[str, Chain] = {
     "wanda 50 %": [("prune.wanda", {"sparsity": 0.5})],
     "a fifth, by neurons": [("prune.neurons", {"fraction": 0.271})],
+    "a fifth, by layers": [("prune.layers", {"count": 6, "criterion": "divergence"})],
 }
 WOUND_WINDOWS = 32
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
