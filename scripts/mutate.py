@@ -33,6 +33,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # the likeliest to notice first
     "compress/noise.py": ("tests/test_noise.py",),
     "compress/holdout.py": ("tests/test_holdout.py",),
     "compress/numerics/paired.py": ("tests/numerics/test_paired.py",),
+    "compress/fixed_sample.py": ("tests/test_fixed_sample.py",),
 }
 OTHERS: dict[type[ast.AST], tuple[str, ...]] = {
     ast.Lt: (">=", "<="),
