@@ -66,7 +66,7 @@ def _open(folder: Path, digest: str) -> WordNet:
         nltk.data.path.append(str(folder))
     # Relating it to other versions serves other languages, and takes a second WordNet.
     kind = type("English", (WordNetCorpusReader,), {"map_wn": lambda self: None})
-    reader = kind.__new__(kind)
+    reader: Any = object.__new__(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are no other languages
         try:
