@@ -33,6 +33,7 @@ def figures(check: Evaluator, new: Sequence[Score], old: Sequence[Score], cluste
         means = by_cluster(clusters, after - before) / by_cluster(clusters, np.ones(len(before)))
         low, high = paired.cluster_bootstrap(means)
         how = "cluster bootstrap"
-    falling = check.value([Score("", 1.0, 1.0)]) < check.value([Score("", 0.0, 1.0)])  # accuracy, as wrong answers rise
+    # Accuracy falls as wrong answers rise.
+    falling = check.value([Score("", 1.0, 1.0)]) < check.value([Score("", 0.0, 1.0)])
     ends = sorted((-100 if falling else 100) * end + 0.0 for end in (low, high))
     return found | {f"change in points, from ({how}, 95 %)": ends[0], "to": ends[1]}

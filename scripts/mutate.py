@@ -84,6 +84,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return bool((n * growth - z * stakes * sd * math.sqrt(n) >= need).any())",
         ">= → >",
     ): _TOUCH,
+    (
+        "compress/fixed_sample.py",
+        'falling = check.value([Score("", 1.0, 1.0)]) < check.value([Score("", 0.0, 1.0)])',
+        "< → <=",
+    ): "no metric has one value for all right and all wrong",
 }
 
 

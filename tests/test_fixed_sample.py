@@ -41,6 +41,11 @@ def test_answers_that_share_a_cluster_are_drawn_together():
     assert low < 3 / 40 < high
 
 
+def test_no_change_is_no_fall():
+    found = figures(ACCURACY, scores(OLD), scores(OLD), [str(i // 4) for i in range(40)])
+    assert list(found.values()) == [0.0, 0.0] and all(math.copysign(1, end) > 0 for end in found.values())
+
+
 def test_answers_that_count_in_part_have_no_exact_test():
     clusters = [str(i) for i in range(40)]
     for new, old in ((NEW[:-1] + [0.5], OLD), (NEW, [0.5] + OLD[1:])):
