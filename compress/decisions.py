@@ -79,16 +79,30 @@ def interval(losses: Floats, weights: Floats, rule: Rule) -> tuple[float, float,
     """Loss per unit of weight with its lower and upper bound, from example totals, each (n,).
 
     With Z_i = loss_i − margin · weight_i the sequence bounds mean(Z); as the mean weight is w̄, a bound z on
-    mean(Z) is the bound margin + z / w̄ on the loss, so that mean(Z) + width ≤ 0 just if upper ≤ margin.
+    mean(Z) is the bound margin + z / w̄ on the loss, so that mean(Z) + width ≤ 0 just if upper ≤ margin. Either bound is
+    wider where Z is skewed towards it.
     """
     n, mean_weight = len(losses), float(weights.mean())
-    sd = float(np.std(losses - rule.margin * weights, ddof=1))
+    excess = losses - rule.margin * weights
+    sd, skew = float(np.std(excess, ddof=1)), skewness(excess)
     loss = float(losses.sum() / weights.sum())
     down, up = (
-        width(n, sd, alpha, mixture_variance(alpha, rule.planned)) / mean_weight
-        for alpha in (rule.alpha_fail, rule.alpha_pass)
+        width(n, sd, alpha, mixture_variance(alpha, rule.planned), side) / mean_weight
+        for alpha, side in ((rule.alpha_fail, -skew), (rule.alpha_pass, skew))
     )
     return loss, loss - down, loss + up
+
+
+def skewness(values: Floats) -> float:
+    """Σ (x − mean)³ / (n · sd³), and 0 of equal values.
+
+    >>> round(skewness(np.array([0.0, 0.0, 0.0, 4.0])), 4), skewness(np.array([1.0, 1.0]))
+    (1.1547, 0.0)
+    """
+    if np.ptp(values) == 0:
+        return 0.0
+    centred = values - values.mean()
+    return float(np.mean((centred / np.sqrt(np.mean(centred**2))) ** 3))
 
 
 def decide(losses: Floats, weights: Floats, rule: Rule, identical: bool) -> Decision:

@@ -15,6 +15,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
+from compress import fixed_sample
 from compress.decisions import DECISIONS, PLANNED, Decision, Rule, Verdict, by_cluster, combine, compare
 from compress.errors import GateInconclusive, RecipeError
 from compress.interfaces import (
@@ -42,7 +43,6 @@ Figure = Annotated[
 
 Distrust = Callable[[Evaluator, str], str]
 """(check, source) → why the check means nothing there, or an empty text."""
-
 
 EXAMPLES_KEPT = 500  # of each check and source, from which samples are chosen: 35 MB where one has 32 choices
 
@@ -288,11 +288,11 @@ class Trial:
             decision = replace(decision, verdict="INVALID", reason=reason)
         if decision.verdict == "PASS" and (doubt := self.check.doubt(self.new, self.old)):
             decision = replace(decision, verdict="INVALID", reason=doubt)
-        review = self._review(decision)
-        if review:
+        if review := self._review(decision):
             decision = replace(decision, verdict="INCONCLUSIVE")
         result = _result(self.check, self.data.source, decision, self.new, self.old)
-        details = {**self.figures, **result.details, **self._regression()}
+        beside = fixed_sample.figures(self.check, self.new, self.old, self.clusters)
+        details = {**self.figures, **result.details, **beside, **self._regression()}
         return result.model_copy(update={"details": details, "review": review, "samples": self._samples()})
 
     def _regression(self) -> dict[str, float]:

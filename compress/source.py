@@ -104,8 +104,13 @@ def digest(source: Source) -> str:
     sha = hashlib.sha256(f"{source.kind}:{LOADER_VERSION}".encode())
     files = [source.path] if source.path.is_file() else _folder_files(source.path)
     for file in files:
-        sha.update(f"{file.name}:{_file_digest(file, _stamp(file))}".encode())
+        sha.update(f"{file.name}:{file_digest(file)}".encode())
     return sha.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, kept until the file changes."""
+    return _file_digest(path, _stamp(path))
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -133,6 +138,14 @@ def config(source: Source) -> dict[str, Any]:
     except ValueError as error:
         raise Corrupt(f"{file}: not valid JSON ({error})") from None
     return loaded
+
+
+def plain_config(source: Source) -> dict[str, Any]:
+    """The same of a folder; raises UnsafeInput where it asks for remote code."""
+    found = config(source)
+    if "auto_map" in found:
+        raise UnsafeInput(f"{source.path}/config.json: auto_map asks for remote code; only built-in architectures load")
+    return found
 
 
 def facts(source: Source) -> Facts:
@@ -242,36 +255,43 @@ def _name(source: Source) -> str:
 def _load_folder(source: Source, dtype: str) -> Model:
     assert source.path is not None
     _folder_files(source.path)
-    if "auto_map" in config(source):
-        raise UnsafeInput(f"{source.path}/config.json: auto_map asks for remote code; only built-in architectures load")
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoTokenizer
-
+    known = plain_config(source)
     from compress.classifier import auto_class, model_of
     from compress.families import SEQ2SEQ
     from compress.seq2seq import settle_head
 
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        module, found = auto_class(config(source)).from_pretrained(
-            source.path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise Corrupt(f"{source.path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    module, tokenizer, found = open_folder(source.path, auto_class(known))
     _require_every_tensor(source.path, found)
-    if config(source)["model_type"] in SEQ2SEQ:
+    if known["model_type"] in SEQ2SEQ:
         settle_head(module, facts(source).tied)
     return model_of(module, tokenizer, dtype, name=_name(source))
+
+
+def open_folder(folder: Path, auto: Any, what: str = "") -> tuple[Any, Any, Mapping[str, Any]]:
+    """A saved module in float32, its tokenizer, and the tensors that were missing or left aside, as transformers says.
+
+    auto: the class of transformers that opens it; what: as which, for the error. Weights come from safetensors alone,
+    and no remote code runs. Raises Corrupt where anything cannot be read.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        module, found = auto.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
+        return module, AutoTokenizer.from_pretrained(folder, **options), found
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Corrupt(f"{folder}: cannot be loaded{what} ({str(error).splitlines()[0]})") from error
 
 
 def _stream_folder(source: Source, dtype: str) -> Model:
     """A folder's model with its blocks on disk: see `compress.streaming`."""
     assert source.path is not None
     files = [path for path in _folder_files(source.path) if path.suffix == ".safetensors"]
-    if "auto_map" in config(source):
-        raise UnsafeInput(f"{source.path}/config.json: auto_map asks for remote code; only built-in architectures load")
+    plain_config(source)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig

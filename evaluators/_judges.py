@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress import source
-from compress.errors import Corrupt, RecipeError, UnsafeInput
+from compress.errors import Corrupt, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ def known_config(spec: str) -> dict[str, Any] | None:
     found = source.resolve(spec)
     if found.kind == "gguf":
         raise RecipeError(f"{spec}: a GGUF file holds a language model; expected a folder of safetensors or org/name")
-    return None if found.kind == "hub" else _config(found)
+    return None if found.kind == "hub" else source.plain_config(found)
 
 
 def digest(spec: str) -> str:
@@ -60,28 +60,13 @@ def opened(kind: Kind, spec: str) -> Judge:
     return _open(kind, found, source.digest(found))
 
 
-def _config(found: source.Source) -> dict[str, Any]:
-    config = source.config(found)
-    if "auto_map" in config:
-        raise UnsafeInput(f"{found.path}/config.json: auto_map asks for remote code; only built-in architectures load")
-    return config
-
-
 @lru_cache(maxsize=2)  # a digest tells files that have changed
 def _open(kind: Kind, found: source.Source, digest: str) -> Judge:
-    _config(found)
-    import torch
     import transformers
-    from safetensors import SafetensorError
 
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        module, loaded = getattr(transformers, _CLASSES[kind]).from_pretrained(
-            found.path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(found.path, **options)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise Corrupt(f"{found.path}: cannot be loaded as {kind} ({str(error).splitlines()[0]})") from error
+    assert found.path is not None
+    source.plain_config(found)
+    module, tokenizer, loaded = source.open_folder(found.path, getattr(transformers, _CLASSES[kind]), f" as {kind}")
     if missing := sorted(name for name in loaded["missing_keys"] if not name.startswith(_UNUSED[kind])):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise Corrupt(f"{found.path}: no {kind}: tensor {missing[0]} is missing{more}, and would be drawn at random")

@@ -238,7 +238,8 @@ def _sandbox_templates() -> None:
 
 
 def _runs_code(name: str) -> UnsafeInput:
-    return UnsafeInput(f"task lm_eval:{name} runs code that the model writes; gate it by another task")
+    remedy = "for programs in a sandbox write code: {data: file:PATH}"
+    return UnsafeInput(f"task lm_eval:{name} runs what the model writes; {remedy}")
 
 
 def _prepare(task: Any) -> None:

@@ -3,9 +3,9 @@
 BLEU and chrF are those of sacrebleu on one sentence (BLEU with the effective order, since a short answer may have
 no 4-gram at all), ROUGE-1, -2, -L and -Lsum those of rouge-score, without stemming. Exact match and F1 follow
 SQuAD's evaluation (Rajpurkar et al. 2016, arXiv:1606.05250), ROUGE-S is skip-bigram co-occurrence (Lin 2004, ROUGE:
-A Package for Automatic Evaluation of Summaries, section 5). METEOR (Lavie & Agarwal 2007) is nltk's with its stages for
-equal words and equal Porter stems, and without the one for synonyms, which needs WordNet, no package: its name says so
-(`meteor_stem`), and its values are no METEOR of a paper. Of several references the best one counts, except where
+A Package for Automatic Evaluation of Summaries, section 5). METEOR (Lavie & Agarwal 2007) is nltk's, over equal words,
+equal Porter stems and synonyms of WordNet, a folder of the user's (`_wordnet`). `meteor_stem` is the same without the
+stage for synonyms: its values are no METEOR of a paper. Of several references the best one counts, except where
 sacrebleu has its own rule for many.
 """
 
@@ -21,12 +21,13 @@ from itertools import combinations
 from typing import Any, Literal
 
 from compress.errors import RecipeError
+from evaluators import _wordnet
 
 Metric = Literal[
-    "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "rougeS", "meteor_stem", "exact_match", "f1",
+    "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "rougeS", "meteor", "meteor_stem", "exact_match", "f1",
     "bertscore", "bertscore_precision", "bertscore_recall",
 ]  # fmt: skip
-# The last three need an encoder: see `evaluators._bertscore`.
+# The last three need an encoder: see `evaluators._bertscore`; meteor needs WordNet: see `evaluators._wordnet`.
 Tokenize = Literal["13a", "intl", "zh", "char"]  # of sacrebleu, without further packages
 SKIP = 4  # words at most between the two of a skip-bigram: ROUGE-S4
 
@@ -112,18 +113,25 @@ class _NoSynonyms:
         return []
 
 
-def meteor_stem(answer: str, reference: str) -> float:
-    """METEOR over words and punctuation marks in lower case, matched where they or their stems are equal.
+def meteor(answer: str, reference: str, wordnet: Any) -> float:
+    """METEOR over words and punctuation marks in lower case, matched where they are equal, their stems, or synonyms.
 
     F = P·R / (0.9·P + 0.1·R), times 1 − 0.5·(chunks / matches)³: an answer equal to the reference earns a little less
-    than 1.
+    than 1. wordnet: its `synsets(word)` gives the sets of synonyms. nltk asks for those of a word's stem: one whose
+    stem is no word finds none.
+    """
+    from nltk.translate.meteor_score import single_meteor_score
+
+    return float(single_meteor_score(_marks(reference), _marks(answer), wordnet=wordnet))
+
+
+def meteor_stem(answer: str, reference: str) -> float:
+    """METEOR without its stage for synonyms.
 
     >>> round(meteor_stem("cats sat", "The cat sat"), 4)  # P = 1, R = 2/3, one chunk of two matches
     0.6466
     """
-    from nltk.translate.meteor_score import single_meteor_score
-
-    return float(single_meteor_score(_marks(reference), _marks(answer), wordnet=_NoSynonyms()))
+    return meteor(answer, reference, _NoSynonyms())
 
 
 def _marks(text: str) -> list[str]:
@@ -152,13 +160,19 @@ def _sentence(kind: str, tokenize: str, answer: str, references: Sequence[str]) 
 
 _LIBRARY = {"bleu": "sacrebleu", "chrf": "sacrebleu", **dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"))}
 _LIBRARY |= {name: "rouge-score" for name, library in _LIBRARY.items() if library is None}
-_LIBRARY["meteor_stem"] = "nltk"
+_LIBRARY |= {"meteor": "nltk", "meteor_stem": "nltk"}
 _OWN: Mapping[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": f1, "rougeS": rouge_s}
 _SINGLE = {**_OWN, "meteor_stem": meteor_stem}  # of one reference
 
 
-def scorer(metric: str, tokenize: str = "13a") -> Callable[[str, Sequence[str]], float]:
-    """The metric as a function of an answer and its references, at least one; not BERTScore, which needs an encoder."""
+def scorer(metric: str, tokenize: str = "13a", wordnet: str | None = None) -> Callable[[str, Sequence[str]], float]:
+    """The metric as a function of an answer and its references, at least one; not BERTScore, which needs an encoder.
+
+    wordnet: the folder that meteor needs; raises as `_wordnet.opened` does.
+    """
+    if metric == "meteor":
+        assert wordnet is not None
+        return partial(_best, partial(meteor, wordnet=_wordnet.opened(wordnet)))
     if metric in _SINGLE:
         return partial(_best, _SINGLE[metric])
     return partial(_sentence, metric, tokenize) if _LIBRARY[metric] == "sacrebleu" else partial(_rouge, metric)
@@ -183,7 +197,7 @@ def unscorable(metric: str, reference: str) -> str:
             return "ROUGE sees no word in it, as it reads a to z and 0 to 9 alone; use chrf or f1"
         if metric in ("rouge2", "rougeS") and words < 2:
             return f"{metric} compares pairs of words, and it has one; use rouge1 or f1"
-    if metric == "meteor_stem" and re.search(EAST_ASIAN, reference):
+    if metric.startswith("meteor") and re.search(EAST_ASIAN, reference):
         return "its script has no spaces between words, and METEOR compares words; use chrf or f1"
     if metric in _OWN and not normalized(reference):
         return "nothing is left of it without articles and punctuation; use chrf"

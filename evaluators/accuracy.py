@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compress.errors import GateInconclusive, NetworkError, RecipeError
-from compress.interfaces import P_VALUE, Documents, Example, LanguageModel, Sample, Score
-from compress.numerics import paired
+from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
 from compress.plugin import nearest
 from evaluators import _choices, _cloze, _facts, _lm_eval, _lm_eval_tasks, _minimal_pairs, _samples
 from evaluators._fields import Drop
@@ -251,16 +249,9 @@ class Accuracy(Drop):
         return scores
 
     def details(self, scores: Sequence[Score], reference: Sequence[Score] = ()) -> dict[str, float]:
-        """Flips both ways, what a fixed sample would say of them, and the accuracy of every group."""
-        flips = [(old.total, new.total) for old, new in zip(reference, scores)]
-        found = {"right to wrong": float(flips.count((0.0, 1.0))), "wrong to right": float(flips.count((1.0, 0.0)))}
-        alone = len({s.id.rsplit("/", 1)[0] for s in scores}) == len(scores)  # items of a cluster flip together
-        if flips and alone and all(map(math.isfinite, itertools.chain(*flips))):
-            kept = flips.count((0.0, 0.0)), flips.count((1.0, 1.0))
-            worse, better = int(found["right to wrong"]), int(found["wrong to right"])
-            low, high = paired.newcombe(kept[0], better, worse, kept[1])
-            found |= {P_VALUE: paired.mcnemar(worse, better)}
-            found |= {"change in points, from (Newcombe, 95 %)": 100 * low, "to": 100 * high}
+        """Flips both ways, and the accuracy of every group."""
+        down, up = _samples.flips(scores, reference)
+        found = {"right to wrong": down, "wrong to right": up}
         groups: dict[str, list[Score]] = {}
         for score in scores:
             groups.setdefault(_choices.group_of(score.id), []).append(score)

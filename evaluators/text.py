@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from compress.errors import RecipeError
 from compress.interfaces import Documents, Example, LanguageModel, Sample, Score
-from evaluators import _bertscore, _rows, _samples, _text_metrics
+from evaluators import _bertscore, _rows, _samples, _text_metrics, _wordnet
 from evaluators._answers import ids, written
 from evaluators._fields import Drop
 
@@ -37,6 +37,7 @@ class Text(Drop):
     metric: _text_metrics.Metric
     tokenize: _text_metrics.Tokenize = "13a"  # of BLEU; zh for Chinese
     bertscore: _bertscore.BertScore | None = None  # the encoder of the metrics bertscore, bertscore_precision, _recall
+    wordnet: str | None = Field(None, min_length=1)  # a folder with WordNet's files, for the metric meteor
     chat: bool = True  # through the model's chat template, where it ships one; false for plain continuations
     until: tuple[str, ...] = Field((), strict=False)  # texts that end an answer, e.g. a newline
     max_new_tokens: int = Field(64, ge=1, le=4096)
@@ -49,6 +50,9 @@ class Text(Drop):
         if (self.bertscore is not None) != (self.metric in _bertscore.FIGURES):
             lacks = "needs" if self.bertscore is None else "has no use for"
             raise ValueError(f"the metric {self.metric} {lacks} bertscore: {{encoder: FOLDER}}")
+        if (self.wordnet is not None) != (self.metric == "meteor"):
+            lacks = "needs" if self.wordnet is None else "has no use for"
+            raise ValueError(f"the metric {self.metric} {lacks} wordnet: FOLDER (meteor_stem does without)")
         if not all(self.until):
             raise ValueError("until holds an empty text, which would end every answer before it begins")
         return self
@@ -59,9 +63,11 @@ class Text(Drop):
         return self.max_new_tokens
 
     def check(self) -> None:
-        """Refuse an encoder that is not there or too shallow, before weights load; raises RecipeError."""
+        """Refuse an encoder or WordNet that is not there, before weights load; raises RecipeError."""
         if self.bertscore is not None:
             self.bertscore.check()
+        if self.wordnet is not None:
+            _wordnet.check(self.wordnet)
 
     def sources(self, datasets: Sequence[Documents]) -> list[Documents]:
         """The rows of the file, in a random order that depends on their ids alone, whatever the evaluation data."""
@@ -76,11 +82,14 @@ class Text(Drop):
         return _rows.documents(f"{self.data} by {self.metric}{within or ''}", rows, instrument)
 
     def _instrument(self) -> str:
-        """What computes the metric, as a part of cache keys: the library's name and version, or the encoder's digest.
+        """What computes the metric, as a part of cache keys: the library's name and version, digests of what it reads.
 
         Downloads an encoder of the hub.
         """
-        return self.bertscore.digest() if self.bertscore else _text_metrics.library(self.metric)
+        if self.bertscore:
+            return self.bertscore.digest()
+        library = _text_metrics.library(self.metric)
+        return f"{library} {_wordnet.digest(self.wordnet)}" if self.wordnet else library
 
     def reads(self) -> str:
         """The file, and what computes the metric."""
@@ -119,7 +128,7 @@ class Text(Drop):
     def _measure(self) -> Callable[[str, Sequence[str]], tuple[float, Mapping[str, float]]]:
         """A function of an answer and its references: the metric, and further figures for the report."""
         if self.bertscore is None:
-            plain = _text_metrics.scorer(self.metric, self.tokenize)
+            plain = _text_metrics.scorer(self.metric, self.tokenize, self.wordnet)
             return lambda answer, references: (plain(answer, references), {})
         rows = _read(_rows.path_of(self.data), self.metric).values() if self.bertscore.idf else ()
         judged = _bertscore.scorer(self.bertscore, [text for row in rows for text in json.loads(row)[1:]])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -34,9 +35,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tolerance", type=float, default=1e-3)
     options = parser.parse_args()
-    theirs = said(run_tool(options))
+    report, kept = run_tool(options)
+    theirs = said(report)
     reference, model = open_model(str(options.reference)), open_model(str(options.model))
-    cut = windows(reference, options.text.read_text(encoding="utf-8"), options.windows, options.length)
+    text = options.text.read_bytes().decode("utf-8")  # line ends as they are: the tool reads bytes
+    cut = windows(reference, text, options.windows, options.length)
+    if cut != kept:
+        sys.exit("the tool cuts other windows than compress: another version, or another tokenizer")
     ours = own(reference, model, cut)
     found = {
         "windows": len(cut),
@@ -49,17 +54,27 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def run_tool(options: argparse.Namespace) -> str:
-    """The tool's report on the model, after it has kept the reference's distributions."""
+def run_tool(options: argparse.Namespace) -> tuple[str, list[list[int]]]:
+    """The tool's report on the model, and the windows with which it has kept the reference's distributions."""
     with tempfile.TemporaryDirectory() as folder:
-        common = ["--kl-divergence-base", f"{folder}/base", "-c", str(options.length), "-ngl", "0"]
+        sizes = ["-c", str(options.length), "-b", str(options.length)]  # one window at a time, as compress reads them
+        common = ["--kl-divergence-base", f"{folder}/base", *sizes, "-ngl", "0"]
         first = ["-m", options.reference, "-f", options.text, "--chunks", str(options.windows), *common]
         second = ["-m", options.model, "--kl-divergence", *common]
         for arguments in (first, second):
             done = subprocess.run([options.tool, *arguments], capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{options.tool} failed with code {done.returncode}: {done.stderr[-500:]}")
-    return done.stdout
+        return done.stdout, windows_of(Path(folder, "base"))
+
+
+def windows_of(base: Path) -> list[list[int]]:
+    """Tokens of the windows in the file of the reference's distributions: behind a mark, their length and number."""
+    with base.open("rb") as file:
+        mark, (length, _, count) = file.read(8), struct.unpack("<3i", file.read(12))
+        if mark != b"_logits_":
+            sys.exit(f"{base} does not begin as the tool's distributions do: another version")
+        return [list(struct.unpack(f"<{length}i", file.read(4 * length))) for _ in range(count)]
 
 
 def said(report: str) -> tuple[float, float]:

@@ -33,6 +33,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # the likeliest to notice first
     "compress/noise.py": ("tests/test_noise.py",),
     "compress/holdout.py": ("tests/test_holdout.py",),
     "compress/numerics/paired.py": ("tests/numerics/test_paired.py",),
+    "compress/fixed_sample.py": ("tests/test_fixed_sample.py",),
 }
 OTHERS: dict[type[ast.AST], tuple[str, ...]] = {
     ast.Lt: (">=", "<="),
@@ -83,6 +84,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return bool((n * growth - z * stakes * sd * math.sqrt(n) >= need).any())",
         ">= → >",
     ): _TOUCH,
+    (
+        "compress/fixed_sample.py",
+        'falling = check.value([Score("", 1.0, 1.0)]) < check.value([Score("", 0.0, 1.0)])',
+        "< → <=",
+    ): "no metric has one value for all right and all wrong",
 }
 
 

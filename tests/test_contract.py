@@ -59,6 +59,7 @@ FIELDS = {
     "divergence": {"max_mean": 0.1},
     "label_divergence": {"max_mean": 0.1},
     "footprint": {"max_mb": 80},
+    "size": {"max_mb": 80},
     "latency": {"max_ratio": 0.6},
     "generation": {"max_collapsed": "10%"},
     "long_context": {"max_increase": "15%"},

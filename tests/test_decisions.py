@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from scipy import stats
 
 from compress.decisions import (
     Rule,
@@ -18,6 +19,7 @@ from compress.decisions import (
     decide_by_census,
     interval,
     minimum_detectable,
+    skewness,
 )
 from compress.numerics.sequences import detectable, mixture_variance, width
 from evaluators.footprint import Footprint
@@ -71,20 +73,38 @@ def sample(n, loss, seed=0, spread=0.05):
     return weights * (loss + spread * rng.standard_normal(n)), weights
 
 
-def test_interval_is_the_sequence_over_losses_less_their_margin():
+@pytest.mark.parametrize("side", [1, -1])
+def test_interval_is_the_sequence_over_losses_less_their_margin(side):
     losses, weights = sample(120, 0.02)
+    losses = losses + side * weights * np.random.default_rng(1).exponential(0.05, 120)
     rule = replace(RULE, alpha_pass=0.05, alpha_fail=0.0125)
     z = [a - MARGIN * w for a, w in zip(losses, weights)]
     mean = sum(z) / 120
     sd = (sum((x - mean) ** 2 for x in z) / 119) ** 0.5
-    down = width(120, sd, 0.0125, mixture_variance(0.0125, 200))
-    up = width(120, sd, 0.05, mixture_variance(0.05, 200))
+    skew = stats.skew(z)
+    assert side * skew > 0.3  # few losses are much larger, or much smaller, than the others
+    down = width(120, sd, 0.0125, mixture_variance(0.0125, 200), -skew)
+    up = width(120, sd, 0.05, mixture_variance(0.05, 200), skew)
     mean_weight = sum(weights) / 120
     loss, lower, upper = interval(losses, weights, rule)
     assert loss == pytest.approx(sum(losses) / sum(weights), rel=1e-12)
     assert upper == pytest.approx(MARGIN + (mean + up) / mean_weight, rel=1e-9)
     assert lower == pytest.approx(MARGIN + (mean - down) / mean_weight, rel=1e-9)
-    assert loss - lower > upper - loss  # FAIL needs the stricter level
+
+
+def test_fail_needs_the_stricter_level():
+    losses, weights = sample(120, 0.02)
+    both = np.concatenate([losses, 2 * MARGIN * weights - losses])  # without skew
+    loss, lower, upper = interval(both, np.concatenate([weights, weights]), replace(RULE, alpha_fail=0.0125))
+    assert loss == pytest.approx(MARGIN) and loss - lower > 1.05 * (upper - loss)
+
+
+@given(arrays.arrays(np.float64, st.integers(2, 30), elements=st.floats(-5, 5)))
+def test_skewness_is_scipys(values):
+    assume(np.std(values) > 1e-3)
+    assert skewness(values) == pytest.approx(stats.skew(values), abs=1e-9)
+    assert skewness(-values) == pytest.approx(-skewness(values), abs=1e-9)
+    assert skewness(np.full(5, values[0])) == 0
 
 
 @pytest.mark.parametrize(("loss", "verdict"), [(0.0, "PASS"), (MARGIN, "INCONCLUSIVE"), (0.12, "FAIL")])
@@ -209,9 +229,11 @@ def error_rates(loss, seed, tail):
     rho2 = mixture_variance(RULE.alpha_pass, RULE.planned)
     for n in range(64, DOCUMENTS + 1, 16):  # the first multiple of 16 that is at least the minimum of 50
         mean, sd = z[:, :n].mean(1), z[:, :n].std(1, ddof=1)
-        bound = width(n, 1.0, RULE.alpha_pass, rho2) * sd
+        skew, plain = stats.skew(z[:, :n], axis=1), width(n, 1.0, RULE.alpha_pass, rho2)
+        more = width(n, 1.0, RULE.alpha_pass, rho2, skewness=1.0) - plain
+        up, down = (sd * (plain + more * np.maximum(0, side)) for side in (skew, -skew))
         open_ = ~(passed | failed)
-        newly_passed, newly_failed = open_ & (mean + bound <= 0), open_ & (mean - bound > 0)
+        newly_passed, newly_failed = open_ & (mean + up <= 0), open_ & (mean - down > 0)
         passed, failed = passed | newly_passed, failed | newly_failed
         stopped[newly_passed | newly_failed] = n
     one = next(i for i in range(RUNS) if stopped[i] == 64) if (stopped == 64).any() else 0
@@ -231,10 +253,16 @@ def skewed(rng, shape):
     return (x - math.exp(0.125)) / math.sqrt((math.exp(0.25) - 1) * math.exp(0.25))
 
 
+def strongly_skewed(rng, shape):
+    """A log-normal with skewness 3.7."""
+    x = rng.lognormal(0, 0.8, shape)
+    return (x - math.exp(0.32)) / math.sqrt((math.exp(0.64) - 1) * math.exp(0.64))
+
+
 MONTE_CARLO = 3 * math.sqrt(0.05 * 0.95 / RUNS)  # three standard errors of a rate of 5 %
 
 
-@pytest.mark.parametrize("tail", [heavy, skewed])
+@pytest.mark.parametrize("tail", [heavy, skewed, strongly_skewed])
 def test_at_most_5_percent_pass_at_a_true_loss_of_the_margin(tail):
     passed, _, _ = error_rates(MARGIN, seed=1, tail=tail)
     assert 0 < passed <= 0.05 + MONTE_CARLO
@@ -286,8 +314,9 @@ def test_losses_on_which_no_bet_is_fair_are_invalid(beyond):
         spoilt[0] = beyond
         found = decide_by_betting(spoilt, np.ones(n), rule, identical=False)
         assert found.verdict == "INVALID" and found.reason == "1 losses lie outside [-1, 1]"
-    spoilt[0] = math.nextafter(1.0, 2)  # a mean of metrics, rounded
-    assert decide_by_betting(np.append(spoilt, losses[:20]), np.ones(60), rule, False).verdict == "PASS"
+    for rounded in (math.nextafter(1.0, 2), 1 + 1e-9):  # a mean of metrics, and the most that it may miss 1 by
+        spoilt[0] = rounded
+        assert decide_by_betting(np.append(spoilt, losses[:20]), np.ones(60), rule, False).verdict == "PASS"
 
 
 def test_identical_weights_excuse_answers_without_flips_alone():

@@ -2,63 +2,26 @@ import json
 import math
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from compress.decisions import Decision, Rule
+from compress.decisions import Decision, Rule, interval
 from compress.errors import RecipeError
 from compress.gate import CheckResult, Gate, GateResult, Sizes, Trial
 from compress.interfaces import P_REGRESSION, Documents, Sample, Score
 from compress.numerics.paired import holm
-from compress.numerics.sequences import mixture_variance, width
-from evaluators.divergence import Divergence
 from evaluators.footprint import Footprint
 from evaluators.long_context import LongContext
 from evaluators.perplexity import Perplexity
+from tests.gates import DIVERGENCE, PERPLEXITY, Store, baseline, far, gate, near, other_tokens, twin_of_equal_scores  # noqa: F401 (fixtures)
 from tests.tiny import documents, perturbed, tiny_model
 
 MARGIN = math.log(1.05)
-RULE = Rule(margin=MARGIN, alpha_pass=0.05, alpha_fail=0.05, planned=200, minimum=50)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def baseline():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def near(baseline):
-    return perturbed(baseline, 0.01)
-
-
-@pytest.fixture(scope="module")
-def far(baseline):
-    return perturbed(baseline, 1.0)
-
-
-PERPLEXITY, DIVERGENCE = Perplexity(max_increase="5%"), Divergence(max_mean=0.08)
-
-
-def gate(*checks):
-    return Gate(tuple(checks))
-
-
-class Store(dict):
-    """A cache that passes everything through JSON, as files would."""
-
-    hits = 0
-
-    def get(self, key):
-        self.hits += key in self
-        return json.loads(self[key]) if key in self else None
-
-    def put(self, key, value):
-        self[key] = json.dumps(value, allow_nan=False)
 
 
 def test_a_near_model_passes_and_stops_early(baseline, near):
@@ -107,15 +70,16 @@ def test_levels_account_for_attempts_and_for_the_number_of_checks(baseline, near
     one = gate(PERPLEXITY).evaluate(near, baseline, data[:1]).checks[0]
     tried = gate(PERPLEXITY).evaluate(near, baseline, data[:1], attempts=4).checks[0]
     two = gate(PERPLEXITY, Perplexity(max_increase="6%")).evaluate(near, baseline, data).checks
-    n, ratio = one.examples, {}
-    for alpha in (0.05, 0.0125):
-        ratio[alpha] = width(n, 1, alpha, mixture_variance(alpha, 64)) / width(n, 1, 0.05, mixture_variance(0.05, 64))
-    assert tried.examples == n
-    assert (tried.upper - tried.loss) / (one.upper - one.loss) == pytest.approx(ratio[0.0125], rel=1e-6)
-    assert (tried.loss - tried.lower) / (one.loss - one.lower) == pytest.approx(ratio[0.0125], rel=1e-6)
-    assert len(two) == 4  # k = 4: two checks on two sources
-    assert two[0].upper - two[0].loss == pytest.approx(one.upper - one.loss, rel=1e-6)
-    assert (two[0].loss - two[0].lower) / (one.loss - one.lower) == pytest.approx(ratio[0.0125], rel=1e-6)
+    examples = PERPLEXITY.examples(data[0], baseline.encode)[: one.examples]
+    new, old = (PERPLEXITY.score(model, examples) for model in (near, baseline))
+    losses, weights = (np.array(x) for x in zip(*((a.total - b.total, a.weight) for a, b in zip(new, old))))
+
+    def bounds(check, alpha_pass, alpha_fail):
+        rule = Rule(MARGIN, alpha_pass, alpha_fail, 64, 50)
+        return (check.loss, check.lower, check.upper) == pytest.approx(interval(losses, weights, rule), rel=1e-6)
+
+    assert bounds(one, 0.05, 0.05) and bounds(tried, 0.0125, 0.0125)
+    assert len(two) == 4 and bounds(two[0], 0.05, 0.0125)  # k = 4: two checks on two sources
     with pytest.raises(ValueError, match="at least 1"):
         gate(PERPLEXITY).evaluate(near, baseline, data, attempts=0)
 
@@ -127,10 +91,7 @@ def test_the_same_weights_pass_with_no_loss(baseline):
 
 
 def test_other_weights_without_any_loss_are_invalid(baseline):
-    twin = tiny_model()
-    with torch.no_grad():  # a token that never occurs: the digest differs, and no score does
-        twin.parameter("model.embed_tokens.weight")[255] += 1
-    twin.touch()
+    twin = twin_of_equal_scores()
     assert twin.digest != baseline.digest
     check = gate(PERPLEXITY).evaluate(twin, baseline, [documents(160)]).checks[0]
     assert check.verdict == "INVALID" and "losses are equal" in check.definition
@@ -179,9 +140,7 @@ def test_documents_with_one_id_are_invalid(baseline, near):
 
 
 def test_tokenizers_that_differ_are_invalid(baseline):
-    other = perturbed(tiny_model(), 0.01)
-    other.tokenizer.add_tokens(["margin"])
-    check = gate(PERPLEXITY).evaluate(other, baseline, [documents(60)]).checks[0]
+    check = gate(PERPLEXITY).evaluate(other_tokens(), baseline, [documents(60)]).checks[0]
     assert check.verdict == "INVALID" and "differently" in check.definition
 
 
@@ -378,10 +337,7 @@ def test_a_census_takes_no_share_of_the_error(baseline, near):
 
 
 def test_a_census_from_the_cache_is_as_suspicious_as_without(baseline):
-    store, twin = Store(), tiny_model()
-    with torch.no_grad():  # a token that never occurs
-        twin.parameter("model.embed_tokens.weight")[255] += 1
-    twin.touch()
+    store, twin = Store(), twin_of_equal_scores()
     first, again = (gate(WHOLE).evaluate(twin, baseline, [documents(60)], cache=store) for _ in range(2))
     assert store.hits and again == first
     assert first.verdict == "INVALID" and "scores of both models are equal" in first.checks[0].definition

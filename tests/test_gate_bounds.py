@@ -10,19 +10,10 @@ from compress.gate import CheckResult, Gate, Sizes, Trial
 from compress.interfaces import P_REGRESSION, Sample, Score
 from evaluators.footprint import Footprint
 from evaluators.perplexity import Perplexity
-from tests.tiny import documents, perturbed, tiny_model
+from tests.gates import baseline, near  # noqa: F401 (fixtures)
+from tests.tiny import documents, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def baseline():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def near(baseline):
-    return perturbed(baseline, 0.01)
 
 
 class Lessons(Perplexity):

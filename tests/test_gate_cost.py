@@ -11,25 +11,10 @@ from hypothesis import strategies as st
 from compress.model import Model
 from compress.scoring import Memo, batches, cached_scores, score_key
 from evaluators.perplexity import Perplexity
-from tests.test_gate import DIVERGENCE, PERPLEXITY, Store, gate
+from tests.gates import DIVERGENCE, PERPLEXITY, Store, baseline, far, gate, near  # noqa: F401 (fixtures)
 from tests.tiny import documents, perturbed, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def baseline():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def near(baseline):
-    return perturbed(baseline, 0.01)
-
-
-@pytest.fixture(scope="module")
-def far(baseline):
-    return perturbed(baseline, 1.0)
 
 
 def counted(model):

@@ -8,30 +8,11 @@ from compress.errors import GateInconclusive, RecipeError
 from compress.gate import Gate
 from compress.interfaces import Score
 from compress.measure import evaluate, measure
-from evaluators.divergence import Divergence
 from evaluators.perplexity import Perplexity
+from tests.gates import DIVERGENCE, PERPLEXITY, baseline, near, other_tokens  # noqa: F401 (fixtures)
 from tests.tiny import documents, perturbed, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PERPLEXITY, DIVERGENCE = Perplexity(max_increase="5%"), Divergence(max_mean=0.08)
-
-
-@pytest.fixture(scope="module")
-def baseline():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def near(baseline):
-    return perturbed(baseline, 0.01)
-
-
-def other_tokens(model):
-    """The model with one more token, so that it reads "margin" otherwise."""
-    twin = perturbed(tiny_model(), 0.01)
-    twin.tokenizer.add_tokens(["margin"])
-    assert twin.encode("a margin") != model.encode("a margin")
-    return twin
 
 
 class Hasty(Perplexity):
@@ -82,7 +63,7 @@ def test_a_loss_between_models_that_read_other_tokens_is_not_reported(baseline, 
 
     (found,) = against(baseline)["metrics"]
     assert abs(found["against"]["loss"]) < 0.1
-    other = other_tokens(baseline)
+    other = other_tokens()
     other.tokenizer.add_tokens(["statement", "the", "is"])
     with pytest.raises(RecipeError, match="perplexity on pydoc: the two models read other tokens"):
         against(other)

@@ -21,6 +21,7 @@ LAYERS = [
     ("compress.plugin",),
     ("compress.steps", "evaluators", "export"),
     ("compress.decisions", "compress.scoring"),
+    ("compress.fixed_sample",),
     ("compress.gate", "compress.planting"),
     ("compress.assay", "compress.noise"),
     ("compress.yaml_nodes", "compress.validation", "compress.recipe_schema", "compress.recipe", "compress.store"),

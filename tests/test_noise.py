@@ -30,10 +30,10 @@ from evaluators.footprint import Footprint
 from evaluators.generation import Generation
 from evaluators.latency import Latency
 from evaluators.perplexity import Perplexity
+from tests.gates import DIVERGENCE, PERPLEXITY, Store
 from tests.tiny import documents, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PERPLEXITY, DIVERGENCE = Perplexity(max_increase="5%"), Divergence(max_mean=0.08)
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +159,6 @@ def test_answers_are_counted_by_cluster(exact):
 
 
 def test_text_checks_share_a_pass_and_scores_come_from_the_cache(exact):
-    class Cache(dict):
-        def get(self, key):
-            return super().get(key)
-
-        def put(self, key, value):
-            self[key] = value
-
     def passes(checks, cache=None):
         seen = []
         handle = exact.module.base_model.register_forward_hook(lambda *_: seen.append(1))
@@ -173,7 +166,7 @@ def test_text_checks_share_a_pass_and_scores_come_from_the_cache(exact):
         handle.remove()
         return len(seen)
 
-    cache = Cache()
+    cache = Store()
     assert passes([PERPLEXITY, DIVERGENCE]) == passes([DIVERGENCE])
     first, again = passes([PERPLEXITY], cache), passes([PERPLEXITY], cache)
     assert again < first and len(cache) > 0

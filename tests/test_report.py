@@ -265,6 +265,7 @@ def test_summary_is_one_ascii_line_per_model() -> None:
         (figures.measure("divergence", "nats per token").text(0.0123456), "+0.0123 nats"),
         (figures.measure("accuracy", "percentage points").text(1.5), "+1.50 pp"),
         (figures.measure("footprint", "of the allowed footprint").text(0.9183, signed=False), "91.8 %"),
+        (figures.measure("size", "MB").text(78.26, signed=False), "78.3 MB"),
         (figures.measure("perplexity", "").text(None), "n/a"),
         (figures.size(None), "n/a"),
         (figures.size(92_418_112), "92.4 MB"),

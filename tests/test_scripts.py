@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import struct
 import sys
 from pathlib import Path
 
@@ -113,3 +114,12 @@ def test_the_second_half_of_each_window_is_compared_as_llama_cpp_does(scripts):
     assert script.said("x\nMean    KLD:   0.004321 ±   0.000123\nSame top p: 98.431 ± 0.312 %") == (0.004321, 0.98431)
     with pytest.raises(SystemExit, match="no mean KLD"):
         script.said("error: cannot open")
+
+
+def test_windows_are_read_from_what_the_tool_keeps(scripts, tmp_path):
+    read, base = scripts["interop_llama_kl"].windows_of, tmp_path / "base"
+    base.write_bytes(b"_logits_" + struct.pack("<3i", 3, 50, 2) + struct.pack("<6i", 5, 6, 7, 8, 9, 49) + b"scores")
+    assert read(base) == [[5, 6, 7], [8, 9, 49]]
+    base.write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(SystemExit, match="does not begin"):
+        read(base)

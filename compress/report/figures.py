@@ -95,6 +95,8 @@ def measure(metric: str, unit: str) -> Measure:
         return Measure(lambda x: 100 * x, lambda x: x / 100, " pp", 2)
     if "point" in unit:
         return Measure(float, float, " pp", 2)
+    if unit == "MB":
+        return Measure(float, float, " MB", 1)
     if unit == "bytes":
         return Measure(lambda x: x / 1e6, lambda x: x * 1e6, " MB", 1)
     if unit == "standard deviations of a row of logits":

@@ -16,7 +16,7 @@ from evaluators import generation
 from evaluators._prompts import PROMPTS
 from evaluators.generation import Generation
 from tests import tiny_gguf, tiny_onnx
-from tests.test_gate import Store
+from tests.gates import Store
 
 CHECK = Generation(max_collapsed="10%")
 SHORT = Generation(max_collapsed="20%", prompts=8)

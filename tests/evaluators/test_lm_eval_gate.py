@@ -73,15 +73,12 @@ def test_a_near_model_passes_and_a_far_one_fails_with_flips_both_ways(baseline, 
 
 def test_figures_of_a_fixed_sample_stand_beside_the_decision(baseline, folder):
     check = check_of(folder)
-    (data,) = check.sources([])
-    examples = check.examples(data, check.encoder(baseline))
-    new, old = (check.score(m, examples) for m in (perturbed(baseline, 4.0), perturbed(baseline, 1.0)))
-    found = check.details(new, old)
+    result = judge(check, perturbed(baseline, 4.0), baseline)
+    found = result.details
     worse, better = found["right to wrong"], found["wrong to right"]
-    assert worse > better > 0 and found[P_VALUE] == mcnemar(int(worse), int(better)) < 0.05
-    assert found["change in points, from (Newcombe, 95 %)"] < 100 * (better - worse) / 300 < found["to"] < 0
-    alone = judge(check, perturbed(baseline, 4.0), baseline).details
-    assert P_VALUE in alone and f"{P_VALUE}, Holm" not in alone
+    assert worse > 10 > better and found[P_VALUE] == mcnemar(int(worse), int(better)) < 0.05
+    assert found["change in points, from (Newcombe, 95 %)"] < 100 * (better - worse) / result.examples < found["to"] < 0
+    assert f"{P_VALUE}, Holm" not in found
 
 
 def test_p_values_of_several_tasks_are_corrected(baseline, folder, tmp_path):
@@ -295,7 +292,7 @@ def test_templates_cannot_leave_their_document(tmp_path):
 
 
 def test_code_that_the_model_writes_is_not_run():
-    with pytest.raises(UnsafeInput, match="lm_eval:humaneval runs code that the model writes"):
+    with pytest.raises(UnsafeInput, match=r"lm_eval:humaneval runs what the model writes; .* code: \{data"):
         Accuracy(tasks=["lm_eval:humaneval"], max_drop=3.0).sources([])
 
 

@@ -11,6 +11,7 @@ from compress.interfaces import Documents
 from compress.measure import evaluate
 from evaluators.long_context import LongContext
 from tests import tiny_gguf, tiny_onnx
+from tests.gates import twin_of_equal_scores
 from tests.tiny import documents, perturbed, tiny_model
 
 CHECK = LongContext(max_increase="15%", length=128, windows=2)
@@ -89,12 +90,8 @@ def test_nan_is_invalid_on_either_side(baseline):
 
 
 def test_equal_scores_of_other_weights_are_invalid(baseline):
-    twin = tiny_model()
-    assert judge(twin, baseline, [documents(40)])[0].verdict == "PASS"
-    with torch.no_grad():  # a token that never occurs
-        twin.parameter("model.embed_tokens.weight")[255] += 1
-    twin.touch()
-    (found,) = judge(twin, baseline, [documents(40)])
+    assert judge(tiny_model(), baseline, [documents(40)])[0].verdict == "PASS"
+    (found,) = judge(twin_of_equal_scores(), baseline, [documents(40)])
     assert found.verdict == "INVALID" and "scores of both models are equal" in found.definition
 
 

@@ -165,7 +165,8 @@ def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"data": "wiki"}, {"metric": "meteor"}, {"tokenize": "zh"}, {"until": [""]}, {"max_documents": 49},
+    [{"data": "wiki"}, {"metric": "meteor"}, {"wordnet": "wn"}, {"metric": "meteor_stem", "wordnet": "wn"},
+     {"metric": "no"}, {"tokenize": "zh"}, {"until": [""]}, {"max_documents": 49},
      {"max_drop": 0}, {"max_drop": 51}, {"max_new_tokens": 0}],
 )  # fmt: skip
 def test_fields_that_would_decide_nothing_are_refused(fields):

@@ -23,6 +23,13 @@ def test_width_is_the_published_formula(n, sd, alpha, rho2):
     assert width(n, sd, alpha, rho2) == pytest.approx(plain_width(n, sd, alpha, rho2), rel=1e-12)
 
 
+@given(COUNTS, st.floats(0, 1e6), ALPHAS, st.floats(1e-6, 10), st.floats(-9, 9))
+def test_width_grows_with_the_skewness_that_makes_it_too_small(n, sd, alpha, rho2, skewness):
+    z = plain_width(n, 1.0, alpha, rho2) * n**0.5
+    grown = z + (skewness * (2 * z**2 + 1) / (6 * n**0.5) if skewness > 0 else 0)
+    assert width(n, sd, alpha, rho2, skewness) == pytest.approx(sd * grown / n**0.5, rel=1e-12)
+
+
 def test_width_of_a_worked_example():
     # by hand: rho2 = (5.99146 + ln 5.99146 + 1) / 200 = 0.0439086; n rho2 + 1 = 3.19543 at n = 50
     assert mixture_variance(0.05, 200) == pytest.approx(0.0439086, rel=1e-5)
@@ -100,3 +107,4 @@ def test_the_edges_of_the_domain_are_accepted():
 
 def test_nan_spread_gives_a_nan_bound():
     assert math.isnan(width(10, math.nan, 0.05, 1.0))
+    assert math.isnan(width(10, math.nan, 0.05, 1.0, skewness=1.0))
