@@ -254,7 +254,8 @@ def test_gptq_loses_less_than_rounding_in_both_halves() -> None:
 def test_layer_errors_name_both_halves(tmp_path: Path) -> None:
     model, baseline = tiny_seq2seq(), tiny_seq2seq()
     plugin.step("quantize.rtn")(encoding="int4", group_size=16).apply(model, Context(seed=0))
-    path = write_pairs(tmp_path / "rows.jsonl", sentences(40))
+    # Which documents are drawn follows from the path, too: enough of them that any draw fills the budget.
+    path = write_pairs(tmp_path / "rows.jsonl", sentences(400))
     (part,) = split([Request("selection", f"file:{path}", tokens=200, length=24)], 0)
     windows = whole(part, model.encode)
     assert 3 < len(windows) < 20 and sum(map(len, windows[:-1])) < 200 <= sum(map(len, windows))
@@ -326,5 +327,5 @@ def test_pairs_are_refused_for_a_model_of_text(tmp_path: Path) -> None:
 
 def test_checks_say_what_takes_pairs() -> None:
     taking = {name for name in plugin.names("evaluator") if evaluator(name).takes_pairs}
-    assert taking == {"perplexity", "divergence", "footprint"}
+    assert taking == {"perplexity", "divergence", "footprint", "size"}
     assert not pairs.paired(tiny_model()) and pairs.paired(tiny_seq2seq())

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def test_what_cannot_be_streamed_is_refused(steps, export, reason):
 
 
 def test_the_plan_names_streaming_where_memory_is_short():
-    wide = SMOL.__class__(**{**SMOL.__dict__, "layers": 30_000})
+    wide = replace(SMOL, layers=30_000)
     (warning,) = plan._memory_warning(recipe("  - quantize.gptq: {}\n"), wide)
     assert warning.startswith("up to ") and "`streaming: true` keeps one block" in warning
     assert not list(plan._memory_warning(recipe("  - quantize.gptq: {}\n", head=STREAM), SMOL))
@@ -171,6 +172,6 @@ def test_the_plan_names_streaming_where_memory_is_short():
 def test_the_plan_counts_the_memory_of_two_blocks():
     steps = "  - quantize.gptq: {}\n"
     whole, streamed = (recipe(steps, head=head) for head in (HEAD, STREAM))
-    deep = SMOL.__class__(**{**SMOL.__dict__, "layers": 300})
+    deep = replace(SMOL, layers=300)
     sizes = [plan._memory_bytes(r, f, r.steps[0]) for r in (whole, streamed) for f in (SMOL, deep)]
     assert sizes[1] > 5 * sizes[0] and abs(sizes[3] - sizes[2]) < 0.001 * sizes[2] and sizes[2] < sizes[0]
