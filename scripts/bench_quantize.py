@@ -235,10 +235,12 @@ def peer_row(options: argparse.Namespace) -> dict[str, Any]:
         model.module.save_pretrained(place / "model")
         model.tokenizer.save_pretrained(place / "model")
         (place / "windows.json").write_text(json.dumps([w.tolist() for w in windows(model, options)[0]]))
-        command = [options.peer, "-c", PEER, str(place / "model"), str(place / "windows.json"), str(place / "out")]
+        paths = [str(place / name) for name in ("model", "windows.json", "out")]
+        command = [os.path.abspath(options.peer), "-c", PEER, *paths]
         # On 2 cores its own default of 1 worker is refused by the pool that loads models.
         environment = {"GPTQMODEL_CPU_WORKERS": "2", **os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+        # It writes its log into the folder that it is run from.
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=place, check=False)
         if done.returncode:
             raise SystemExit(f"gptqmodel failed:\n{done.stdout[-2000:]}")
         tensors = {n: t for file in sorted((place / "out").glob("*.safetensors")) for n, t in load_file(file).items()}

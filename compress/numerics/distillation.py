@@ -71,9 +71,10 @@ def loss_and_gradient(
     several copies of the logits: see `divergence_and_gradient`, and ∂CE/∂z = q_1 − onehot(labels).
     Hinton et al. 2015, arXiv:1503.02531: T² keeps the soft gradient's size independent of T.
     """
-    loss, gradient = student.new_zeros(len(student)), torch.zeros_like(student)
-    known = None
-    if alpha > 0:
+    loss, known = student.new_zeros(len(student)), None
+    if alpha == 0:
+        gradient = torch.zeros_like(student)
+    else:
         z, t = (student, teacher) if temperature == 1 else (student / temperature, teacher / temperature)
         if kind == "forward":
             (p, log_Z_teacher), (q, log_Z) = _softmax(t), _softmax(z)
