@@ -69,6 +69,16 @@ def test_just_enough_examples_are_enough(baseline, near):
     assert few.verdict == "INVALID" and "49 examples, and at least 50 are needed" in few.definition
 
 
+def test_equal_scores_of_other_weights_are_suspicious_from_the_minimum_on(baseline, near, monkeypatch):
+    monkeypatch.setitem(LOSS, True, LOSS[False])
+    given = documents(60)
+    trial = Trial(Strict(max_increase="5%"), given, near, baseline, 1, 1)
+    trial.take(given.documents[:49], lambda model: model, None)
+    assert trial.decision.verdict == "INCONCLUSIVE"
+    trial.take(given.documents[49:50], lambda model: model, None)
+    assert trial.decision.verdict == "INVALID" and "are equal, and the weights are not" in trial.decision.reason
+
+
 def test_the_reference_judges_fixed_sets_alone(baseline, near):
     for kind, judge in ((Lessons, None), (Fixed, baseline)):
         asked["judges"].clear()
