@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sys
 from pathlib import Path
 
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
@@ -26,6 +27,21 @@ def return_freed_memory() -> None:
     """Give what is free back to the kernel: pieces of it would otherwise stay with the process, between others."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # no other C library has it
         trim(0)
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process held so far.
+
+    By the kernel's account of the process alone, where it has one: getrusage counts what the parent held when it began.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # another system
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def processor() -> str:

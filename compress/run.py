@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from compress.decisions import combine
 from compress.errors import exit_code, one_line
 from compress.gate import GateResult
 from compress.interfaces import Context, Step
+from compress.machine import peak_memory
 from compress.recipe import Recipe, StepEntry
 from compress.record import Attempt, RunRecord, StepRecord
 from compress.store import Store, key_of, write_atomic
@@ -213,7 +213,7 @@ class _Work:
             model.close()
         made = {
             "seconds": round(time.monotonic() - started, 1),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_memory(),
             "notes": context.notes,
         }
         bench.store.remember(key, made)

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.machine import keep_freed_memory
+from compress.machine import keep_freed_memory, peak_memory
 
 TEMPERATURE, ALPHA, RATE = 2.0, 0.5, 2e-5
 OURS: dict[str, dict[str, Any]] = {
@@ -127,9 +127,7 @@ def timed(way: str, options: argparse.Namespace) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak that loading reached, proc(5)
     ends = run(way, student, teacher, windows, selection, options)
     tokens = options.batch * options.length * (len(ends) - 1)
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0])  # kilobytes
-    return {"rate": round(tokens / (ends[-1] - ends[0]), 2), "peak_gb": round(peak / 1e6, 2)}
+    return {"rate": round(tokens / (ends[-1] - ends[0]), 2), "peak_gb": round(peak_memory() / 1e9, 2)}
 
 
 def _ours(

