@@ -7,7 +7,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.interfaces import Evaluator, Score
+from compress.interfaces import Aspect, Evaluator, Score
+
+MEGABYTE = 1e6  # bytes, as file managers and model cards count
 
 
 class Points(Evaluator):
@@ -81,3 +83,12 @@ class Rise(Points):
         if 1 - share > self.margin:
             return ""
         return f"the reference itself is {self.counted} on {share:.0%}: no rise could be seen"
+
+
+class Stored(Evaluator):
+    """Base of those that measure the stored files, of whatever kind of model, and have no sampling error."""
+
+    classifiers: ClassVar[bool] = True
+    takes_pairs: ClassVar[bool] = True
+    aspect: ClassVar[Aspect] = "efficiency"
+    statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "exact"

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from compress.interfaces import Aspect, Evaluator
-
-_MEGABYTE = 1e6  # bytes, as file managers and model cards count
+from evaluators._fields import MEGABYTE, Stored
 
 
-class Footprint(Evaluator):
+class Footprint(Stored):
     """File size in MB (1,000,000 bytes) and bits per weight; with both bounds, the tighter one decides."""
 
     name: ClassVar[str] = "footprint"
-    classifiers: ClassVar[bool] = True
-    takes_pairs: ClassVar[bool] = True
-    aspect: ClassVar[Aspect] = "efficiency"
     unit: ClassVar[str] = "of the allowed footprint"
     definition: ClassVar[str] = (
         "size of the files and bits per weight (scales, zero points and embeddings counted), each divided by "
         "what is allowed; the larger share decides."
     )
-    statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "exact"
     margin_fields: ClassVar[frozenset[str]] = frozenset({"max_mb", "max_bits_per_weight"})
 
     max_mb: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -48,7 +42,7 @@ class Footprint(Evaluator):
         """
         shares = []
         if self.max_mb is not None:
-            shares.append(size_bytes / (self.max_mb * _MEGABYTE))
+            shares.append(size_bytes / (self.max_mb * MEGABYTE))
         if self.max_bits_per_weight is not None:
             shares.append(bits_per_weight / self.max_bits_per_weight)
         # max() would drop a NaN that is not first

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
-from compress.interfaces import Aspect, Evaluator
-
-_MEGABYTE = 1e6  # bytes, as file managers and model cards count
+from evaluators._fields import MEGABYTE, Stored
 
 
-class Size(Evaluator):
+class Size(Stored):
     """File size in MB (1,000,000 bytes); footprint bounds the bits per weight as well."""
 
     name: ClassVar[str] = "size"
-    classifiers: ClassVar[bool] = True
-    takes_pairs: ClassVar[bool] = True
-    aspect: ClassVar[Aspect] = "efficiency"
     unit: ClassVar[str] = "MB"
     definition: ClassVar[str] = "size of the files in MB, of 1,000,000 bytes."
-    statistic: ClassVar[Literal["mean", "betting", "census", "exact"]] = "exact"
     margin_fields: ClassVar[frozenset[str]] = frozenset({"max_mb"})
 
     max_mb: float = Field(gt=0, allow_inf_nan=False)
@@ -36,7 +30,7 @@ class Size(Evaluator):
         >>> Size(max_mb=80).measure(40_000_000, 4.5)
         40.0
         """
-        return size_bytes / _MEGABYTE
+        return size_bytes / MEGABYTE
 
     def display(self, loss: float) -> str:
         """The size in MB."""
