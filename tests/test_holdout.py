@@ -6,7 +6,7 @@ import pytest
 
 from compress import data, holdout, recipe, run
 from compress.data import Request, split
-from compress.decisions import PLANNED
+from compress.decisions import PLANNED, skewness
 from compress.errors import Corrupt, RecipeError
 from compress.interfaces import Documents
 from compress.numerics.sequences import mixture_variance, width
@@ -109,34 +109,47 @@ def test_only_checks_that_read_the_documents_are_asked(place):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def uses(place, tmp_path_factory):  # noqa: F811
-    """Two recipes over one holdout, and the first again; what was said at each."""
+    """Two recipes over one holdout, and the first again; what was said at each, and the skewness of what was judged."""
     folder, found = tmp_path_factory.mktemp("uses"), []
     store = Store(folder / "home")
     for i, step in enumerate((INT8, INT8.replace("group_size: 32", "group_size: 16"), INT8)):
         said: list[str] = []
+        skews: list[float] = []
+
+        def noted(values, skews=skews):
+            skews.append(skewness(values))
+            return skews[-1]
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("compress.decisions.skewness", lambda values: 0.0)  # widths then follow from levels alone
+            patch.setattr("compress.decisions.skewness", noted)
             record, _ = run.apply(load(place, step), folder / f"run{i}", store, Reporter(say=said.append))
-        found.append((record, said))
+        found.append((record, said, skews))
     return found
 
 
 def test_the_final_model_sees_it_once_and_a_second_model_pays(uses):
-    (first, said1), (second, said2), (again, said3) = uses
+    (first, said1, skews1), (second, said2, skews2), (again, said3, _) = uses
     assert [r.holdout.use for r in (first, second, again)] == [1, 2, 1]
     assert [r.holdout.before for r in (first, second, again)] == [[], ["recipe"], []]
     assert again.holdout == first.holdout and not any("not fresh" in line for line in (*said1, *said3))
     assert any("not fresh: 1 models before this one" in line and "1/6" in line for line in said2)
     a, b = (next(c for c in r.holdout.gate.checks if c.metric == "perplexity") for r in (first, second))
     assert {a.verdict, b.verdict} == {"PASS"} and a.examples == b.examples
-    for check, alpha in ((a, 0.05 / 2), (b, 0.05 / 6)):  # of two checks, each fails the gate at half of that
+    # of two checks, each fails the gate at half of that
+    for check, alpha, skews in ((a, 0.05 / 2, skews1), (b, 0.05 / 6, skews2)):
         n, planned = check.examples, min(PLANNED, first.holdout.documents)
-        up, down = (width(n, 1.0, level, mixture_variance(level, planned)) for level in (alpha, alpha / 2))
-        assert (check.upper - check.loss) / (check.loss - check.lower) == pytest.approx(up / down, rel=1e-6)
+        found = (check.upper - check.loss) / (check.loss - check.lower)
+
+        def ratio(skew, n=n, planned=planned, alpha=alpha):
+            sides = ((alpha, skew), (alpha / 2, -skew))
+            up, down = (width(n, 1.0, level, mixture_variance(level, planned), side) for level, side in sides)
+            return up / down
+
+        assert any(found == pytest.approx(ratio(skew), rel=1e-6) for skew in skews)
 
 
 def test_the_holdout_is_in_every_rendering_with_its_count(uses):
-    for (record, _), seen in zip(uses[:2], (False, True), strict=True):
+    for (record, *_), seen in zip(uses[:2], (False, True), strict=True):
         read = json.loads(record.to_json())
         html, text = render_html(read), render_markdown(read)
         for page in (html, text):
