@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compress.errors import NumericalError, RecipeError
 from compress.families import Stack
 from compress.model import Model
+from compress.numerics.affine import finite
 from compress.pairs import split
 from compress.seq2seq import Seq2Seq
 
@@ -41,7 +42,7 @@ class Block:
 
     linears: full module name → linear. index: position in its stack. arguments: those of all batches, or of each.
     originals: where `walk` was asked for them, first linear of a stage → the inputs that it has in the model as it was,
-    one (tokens, in_features) bfloat16 tensor per batch.
+    one (tokens, in_features) bfloat16 tensor per batch; none of a stage that reads the MLP's inner channels.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Block:
             linear = module.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             self.linears[f"{self._prefix}.{name}"] = linear
+        self.inner = {f"{self._prefix}.{n}" for n, (_, read) in self._stack.linears.items() if read == "mlp"}
 
     @property
     def stages(self) -> list[tuple[str, ...]]:
@@ -79,8 +81,8 @@ class Block:
         """Run the block over all hidden states and report the input of each group of linears; the states that leave."""
         return self._watch(lambda names, X: callback(names, X.float()))
 
-    def _watch(self, callback: Observer) -> list[Tensor]:
-        """`observe`, with inputs as they are, mostly bfloat16."""
+    def _watch(self, callback: Observer, last: bool = False) -> list[Tensor]:
+        """`observe`, with inputs as they are, mostly bfloat16. last: the states that enter are needed no more."""
         hooks = []
         for names in self.stages:
 
@@ -88,11 +90,16 @@ class Block:
                 callback(names, inputs[0].flatten(0, -2))
 
             hooks.append(self.linears[names[0]].register_forward_pre_hook(report))
+        left = []
         try:
-            return [self._run(batch) for batch in range(len(self._states))]
+            for batch in range(len(self._states)):
+                left.append(self._run(batch))
+                if last:
+                    self._states[batch] = left[-1]
         finally:
             for hook in hooks:
                 hook.remove()
+        return left
 
     def stages_in_turn(self) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
         """Each group of linears with its inputs, fed by the linears before it as the caller has changed them.
@@ -103,12 +110,15 @@ class Block:
         must leave as it is; `advance` is part of that.
         """
         architecture = self._architecture
-        norms = {readers[0]: norm for norm, readers in architecture.folds if norm in architecture.block_norms}
+        read = {norm: readers for norm, readers in architecture.folds if norm in architecture.block_norms}
+        norms = {readers[0]: norm for norm, readers in read.items()}
         settled: list[nn.Module] = []
         try:
             for names in self.stages:
                 inputs = [self._input_of(names[0], i) for i in range(len(self._states))]
-                yield names, [X.flatten(0, -2) for X in inputs]
+                flat = [X.flatten(0, -2) for X in inputs]
+                yield names, flat
+                flat.clear()  # which the caller may still hold
                 own = names[0].removeprefix(f"{self._prefix}.")
                 parent = own.rpartition(".")[0]
                 if own in norms:
@@ -118,9 +128,14 @@ class Block:
                     settled.append(self.module.get_submodule(parent))
                     products = _Products(self.linears[names[0]], inputs)
                     self._answer(settled[-1], products, pair=parent == architecture.attention)
+                    for norm, readers in read.items():
+                        if all(name.startswith(f"{parent}.") for name in readers):  # none of which runs any more
+                            settled.append(self.module.get_submodule(norm))
+                            settled[-1].forward = _unchanged
+                del inputs
             self._left = [self._run(i) for i in range(len(self._states))]
         finally:
-            for module in settled:
+            for module in set(settled):
                 del module.forward  # the class's own again
 
     def _answer(self, module: nn.Module, known: Sequence[Tensor], pair: bool = False) -> None:
@@ -204,7 +219,7 @@ class Block:
         # bfloat16 products are safe inside a block; the residual stream stays float32.
         with torch.autocast("cpu", dtype=torch.bfloat16):
             states_out = self._arguments[batch].call(self.module, self._states[batch])
-        if not torch.isfinite(states_out).all():
+        if not finite(states_out):
             raise NumericalError(f"{self._prefix}: non-finite hidden states on the calibration data")
         return states_out
 
@@ -234,7 +249,7 @@ def walk(
     assert isinstance(blocks, nn.ModuleList)
     stacked = torch.stack(list(windows))
     states, arguments = enter(model, list(torch.split(stacked, windows_per_batch)))
-    untouched = states
+    untouched = list(states)
     for index, module in enumerate(blocks):
         progress(f"block {index + 1}/{len(blocks)}", index / len(blocks))
         block = Block(index, module, model, states, arguments[index])
@@ -343,25 +358,27 @@ def _observe_originals(block: Block, untouched: Block) -> list[Tensor]:
     """Fill in the block's `originals` from the untouched model's states; the states that leave it there."""
 
     def keep(names: tuple[str, ...], X: Tensor) -> None:
-        block.originals.setdefault(names[0], []).append(X.bfloat16())
+        if names[0] not in block.inner:
+            block.originals.setdefault(names[0], []).append(X.bfloat16())
 
-    return untouched._watch(keep)
+    return untouched._watch(keep, last=True)
 
 
 class _Products(Sequence[Tensor]):
-    """A linear's products over known inputs, each computed when it is first asked for."""
+    """A linear's products over known inputs, each computed when it is first asked for, in place of its input."""
 
     def __init__(self, linear: nn.Linear, inputs: Sequence[Tensor]):
-        self._linear, self._inputs = linear, inputs
-        self._found: dict[int, Tensor] = {}
+        self._linear, self._held = linear, list(inputs)
+        self._found: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._inputs)
+        return len(self._held)
 
     def __getitem__(self, batch: Any) -> Any:
         if batch not in self._found:
-            self._found[batch] = self._linear(self._inputs[batch])
-        return self._found[batch]
+            self._held[batch] = self._linear(self._held[batch])
+            self._found.add(batch)
+        return self._held[batch]
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error

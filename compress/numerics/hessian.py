@@ -43,19 +43,25 @@ def _blocks(m: int) -> list[tuple[int, int]]:
     return [(start, min(start + CHANNELS_AT_ONCE, m)) for start in range(0, m, CHANNELS_AT_ONCE)]
 
 
-def damped_inverse_cholesky(H: Tensor, dampening: float) -> Tensor:
-    """Upper factor U of (H + λI)⁻¹ = UᵀU, with λ = dampening · mean(diag H).
+def damped_factor(H: Tensor, dampening: float) -> Tensor:
+    """Upper R with RRᵀ = H + λI, λ = dampening · mean(diag H): the Cholesky factor from the last channel backwards.
 
-    H: (m, m) float32, XᵀX over calibration tokens, m input channels.
-    Raises NumericalError if H + λI is not positive definite.
-    Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Computed without an inverse of H: the Cholesky factor of
-    H + λI taken from its last channel backwards is an upper R with RRᵀ = H + λI, and U = R⁻¹.
+    H: (m, m) float32, XᵀX over calibration tokens, m input channels. R⁻¹ is the factor of the inverse in Frantar et al.
+    2022, arXiv:2210.17323, Algorithm 1. Raises NumericalError if H + λI is not positive definite.
     """
     damped = H.flip(0, 1)
     damped.diagonal().add_(dampening * float(H.diagonal().mean()))
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise NumericalError(f"H + λI is not positive definite (dampening={dampening}); raise dampening")
-    identity = torch.eye(len(H), dtype=H.dtype)
-    U: Tensor = torch.linalg.solve_triangular(L.flip(0, 1).contiguous(), identity, upper=True)
-    return U
+    R: Tensor = L.flip(0, 1).contiguous()
+    return R
+
+
+def times_inverse(W: Tensor, D: Tensor, R: Tensor) -> Tensor:
+    """W D (RRᵀ)⁻¹ for W (n, m), D (m, m) and an upper R (m, m)."""
+    first = len(W) < len(R)  # the smaller of the two is what the triangles are solved with
+    right = W @ D if first else D
+    below = torch.linalg.solve_triangular(R, right.T, upper=True)
+    found: Tensor = torch.linalg.solve_triangular(R.T, below, upper=False).T
+    return found if first else W @ found

@@ -40,6 +40,19 @@ def bfloat16_factors(exact: bool) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+@contextmanager
+def small_products() -> Iterator[None]:
+    """Products of some ten thousand terms: they take less time than oneDNN to prepare, or a second thread to wake."""
+    matmul, threads = torch.backends.mkldnn.matmul, torch.get_num_threads()  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+        torch.set_num_threads(threads)
+
+
 def _reads_all(rows: int, size: int) -> bool:
     """Whether a number that needs all bits of float32 comes back from products with the identity, on either side."""
     value = 1 + 2.0**-23

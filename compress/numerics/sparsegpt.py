@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.numerics.counts import pruned_count
-from compress.numerics.hessian import damped_inverse_cholesky
+from compress.numerics.hessian import damped_factor
 from compress.numerics.masks import Target, keep_n_of_m
 from compress.numerics.sweep import COLUMNS_AT_ONCE, runs, sweep
 
@@ -27,19 +27,20 @@ def sparsify(
     """
     H, dead = H.clone(), H.diagonal() == 0
     H.diagonal()[dead] = 1.0
-    U = damped_inverse_cholesky(H, dampening)
-    weight = U.diagonal().reciprocal().masked_fill(dead, 0.0)  # a channel that never fires costs nothing
+    R = damped_factor(H, dampening)
+    weight = R.diagonal().masked_fill(dead, 0.0)  # a channel that never fires costs nothing
     mask = torch.ones_like(W, dtype=torch.bool) if kept is None else kept.clone()
     step = target[1] if isinstance(target, tuple) else COLUMNS_AT_ONCE
     choose = _Pattern(target) if isinstance(target, tuple) else _Fraction(target, mask)
 
-    def visit(j: int, left: Tensor) -> Tensor:
-        if j % step == 0:
-            scores = (left[:step].T * weight[j : j + step]).square()  # (n, step)
-            mask[:, j : j + step] = choose(j, scores, mask[:, j : j + step])
-        return left[0] * mask[:, j]
+    def begin(start: int, columns: Tensor) -> None:
+        run = slice(start, start + len(columns))
+        mask[:, run] = choose(start, (columns.T * weight[run]).square(), mask[:, run])
 
-    return sweep(W, U, runs(W.shape[1]), visit), mask
+    def visit(j: int, column: Tensor) -> Tensor:
+        return column * mask[:, j]
+
+    return sweep(W, R, runs(W.shape[1], step), begin, visit), mask
 
 
 class _Pattern:

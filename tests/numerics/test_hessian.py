@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from compress.errors import NumericalError
-from compress.numerics.hessian import Hessian, damped_inverse_cholesky
+from compress.numerics.hessian import Hessian, damped_factor, times_inverse
 
 
 def test_hessian_is_the_sum_of_outer_products():
@@ -16,18 +16,31 @@ def test_hessian_is_the_sum_of_outer_products():
     assert torch.equal(hessian.matrix, hessian.matrix.T)
 
 
-def test_factor_reproduces_the_damped_inverse():
+def damped(H: torch.Tensor) -> torch.Tensor:
+    return H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(len(H), dtype=torch.float64)
+
+
+def test_factor_reproduces_the_damped_hessian():
     X = torch.randn(100, 8, generator=torch.Generator().manual_seed(1))
     H = X.T @ X
-    U = damped_inverse_cholesky(H, 0.01)
-    inverse = torch.linalg.inv(H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(8, dtype=torch.float64))
-    assert torch.equal(U, U.triu())
-    torch.testing.assert_close((U.T @ U).double(), inverse, rtol=1e-4, atol=1e-7)
+    R = damped_factor(H, 0.01)
+    assert torch.equal(R, R.triu())
+    torch.testing.assert_close((R @ R.T).double(), damped(H), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [5, 12])  # fewer than channels, and more
+def test_a_product_with_the_inverse_needs_only_the_factor(rows):
+    generator = torch.Generator().manual_seed(2)
+    X, D = torch.randn(100, 8, generator=generator), torch.randn(8, 8, generator=generator)
+    W, H = torch.randn(rows, 8, generator=generator), X.T @ X
+    expected = W.double() @ D.double() @ torch.linalg.inv(damped(H))
+    found = times_inverse(W, D, damped_factor(H, 0.01))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_indefinite_and_non_finite_are_refused():
     with pytest.raises(NumericalError, match="not positive definite"):
-        damped_inverse_cholesky(torch.tensor([[1.0, 5.0], [5.0, 1.0]]), 0.01)
+        damped_factor(torch.tensor([[1.0, 5.0], [5.0, 1.0]]), 0.01)
     hessian = Hessian(2)
     hessian.add(torch.tensor([[float("inf"), 1.0]]))
     with pytest.raises(NumericalError, match="non-finite"):

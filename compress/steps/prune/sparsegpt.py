@@ -28,6 +28,7 @@ class Sparsegpt(CalibratedPruning):
     """
 
     name: ClassVar[str] = "prune.sparsegpt"
+    version: ClassVar[int] = 2
     classifiers: ClassVar[bool] = True
 
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)

@@ -2,12 +2,12 @@
 
 Frantar et al. 2022, arXiv:2210.17323. Departures: group scales are searched with the importance of each
 input channel (the diagonal of the Hessian) instead of taken from the range; linears that share an input are
-solved together; half of what earlier rounding did to the inputs is made up for.
+solved together; half of what earlier rounding did to the inputs is made up for, but not within the MLP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 READ_AS_IT_IS = 0.3  # of the mean of H's diagonal: what a row weighs as the embedding of its token, where it is tied
 ROWS_AT_ONCE = 16_384  # of the output head
-COLUMNS_AT_ONCE = 64  # columns whose errors are carried inside a block before one product updates the rest
 
 
 class Gptq(WeightQuantization):
@@ -37,18 +36,18 @@ class Gptq(WeightQuantization):
     dampening: λ as a fraction of the mean diagonal of the Hessian. range: as in quantize.rtn, weighted by
     the Hessian's diagonal under "mse". act_order: round the channels of largest second moment first, which fits all
     scales beforehand (static groups). error_propagation: the share of what earlier rounding did to the inputs that
-    each linear makes up for (QEP, Arai & Ichikawa 2025, arXiv:2504.09629); above 0 a second pass carries the inputs
-    of the unquantized model along, and 0 is plain GPTQ. refinement: how often, afterwards, the scales of a row are
-    solved for together and each column then takes its best codes given all others, as in coordinate descent (Behdin
-    et al. 2023, arXiv:2309.01885), with the scales solved for once more at the end. embeddings: an output head of
-    fewer than 8 bits is solved for as well, a tied one with some weight on its rows themselves; others are rounded to
-    nearest.
+    each linear makes up for (QEP, Arai & Ichikawa 2025, arXiv:2504.09629), save those that read the MLP's inner
+    channels; above 0 a second pass carries the inputs of the unquantized model along, and 0 is plain GPTQ.
+    refinement: how often, afterwards, the scales of a row are solved for together and each column then takes its best
+    codes given all others, as in coordinate descent (Behdin et al. 2023, arXiv:2309.01885), with the scales solved for
+    once more at the end. embeddings: an output head of fewer than 8 bits is solved for as well, a tied one with some
+    weight on its rows themselves; others are rounded to nearest.
     """
 
     name: ClassVar[str] = "quantize.gptq"
     classifiers: ClassVar[bool] = True
     takes_pairs: ClassVar[bool] = True
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     uses_calibration: ClassVar[bool] = True
     codebooks: ClassVar[bool] = True
 
@@ -112,7 +111,7 @@ class Gptq(WeightQuantization):
                     f"{names[0]}: {hessian.tokens} calibration tokens for {len(hessian.matrix)} input channels"
                 )
             drift = None
-            if block.originals:
+            if names[0] in block.originals:
                 drift = _drift(block.originals.pop(names[0]), inputs).mul_(self.error_propagation)
             self._quantize_stage(model, names, chosen, Moments(hessian.matrix, drift), context)
 
@@ -183,7 +182,7 @@ def solve(
     """
     import torch
 
-    from compress.numerics.hessian import damped_inverse_cholesky
+    from compress.numerics.hessian import damped_factor, times_inverse
     from compress.numerics.sweep import runs, sweep
 
     n, m = W.shape
@@ -192,10 +191,10 @@ def solve(
     H = moments.H + torch.diag(dead.float())
     back = torch.arange(m)
     order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(m)
-    U = damped_inverse_cholesky(H[order][:, order], dampening)
+    R = damped_factor(H[order][:, order], dampening)
     W = W.masked_fill(dead, 0.0)[:, order]  # a channel that never fires contributes nothing (as in the paper's code)
     if moments.drift is not None:
-        W += W @ moments.drift[order][:, order] @ U.T @ U
+        W += times_inverse(W, moments.drift[order][:, order], R)
     kept = None if mask is None else mask.T[order]
     grids = _Grids(encoding, H.diagonal(), search, size)
     if act_order:
@@ -203,18 +202,22 @@ def solve(
         grids.fit_all((W if kept is None else W * kept.T)[:, back])
     codes = torch.empty(m, n, dtype=torch.int8 if encoding.signed else torch.uint8)
 
-    def visit(j: int, left: Tensor) -> Tensor:
+    def begin(start: int, columns: Tensor) -> None:
+        if not act_order:
+            for first in range(0, len(columns), size):
+                group = columns[first : first + size]
+                grids.fit(group if kept is None else group * kept[start + first :][:size], start + first)
+
+    def visit(j: int, column: Tensor) -> Tensor:
         channel = int(order[j])
-        if not act_order and j % size == 0:
-            grids.fit(left[:size] if kept is None else left[:size] * kept[j : j + size], channel)
         grid = grids[channel]
-        code = grid.round(left[0].view(n, 1, 1))
+        code = grid.round(column.view(n, 1, 1))
         if kept is not None:
             code = torch.where(kept[j].view(n, 1, 1), code, grid.zero)
         codes[channel] = code.view(n)
         return grid.decode(code).view(n)
 
-    sweep(W, U, runs(m, COLUMNS_AT_ONCE) if act_order else list(_batches(m, size)), visit)
+    sweep(W, R, runs(m) if act_order else runs(m, size), begin, visit)
     found = EncodedTensor(encoding, codes.T.contiguous(), *grids.joined())
     if refinement:
         H.diagonal().add_(dampening * float(moments.H.diagonal().mean()))
@@ -261,19 +264,6 @@ def _drift(originals: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     for part in parts:
         total += part
     return total
-
-
-def _batches(m: int, size: int) -> Iterator[tuple[int, int]]:
-    """Runs of at most `COLUMNS_AT_ONCE` columns: small groups lie whole in a run, a larger one begins a run.
-
-    >>> list(_batches(96, 32)), list(_batches(200, 100))
-    ([(0, 64), (64, 96)], [(0, 64), (64, 100), (100, 164), (164, 200)])
-    """
-    whole = max(size, COLUMNS_AT_ONCE // size * size)  # as many whole groups as fit, at least one
-    for first in range(0, m, whole):
-        last = min(first + whole, m)
-        for start in range(first, last, COLUMNS_AT_ONCE):
-            yield start, min(start + COLUMNS_AT_ONCE, last)
 
 
 def _head(model: Model) -> str | None:

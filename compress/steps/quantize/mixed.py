@@ -37,6 +37,7 @@ class Mixed(Step):
     """
 
     name: ClassVar[str] = "quantize.mixed"
+    version: ClassVar[int] = 2  # raised with that of a method
     packs: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 
