@@ -192,7 +192,7 @@ def _accuracy(model: Model, words: Documents) -> dict[str, float]:
     for items in check.sources([words]):
         first = replace(items, documents=items.documents[:CLUSTERS])
         scores = check.score(model, check.examples(first, check.encoder(model)))
-        found[items.source.partition(":")[0]] = round(1 - check.value(scores), 4)
+        found[items.source.partition(":")[0]] = round(check.value(scores), 4)
     return found
 
 

@@ -167,11 +167,11 @@ def awq(folder: Path, model: Model, windows: Sequence[Tensor], clip: bool) -> No
     importlib.import_module("awq.quantize.quantizer").pseudo_quantize_model_weight(model.module, BITS, grid)
 
 
-def hqq(folder: Path, model: Model, _: Sequence[Tensor]) -> None:
-    """HQQ at its package's defaults, groups along inputs; its zero points are floats."""
+def hqq(folder: Path, model: Model, _: Sequence[Tensor], group: int = GROUP) -> None:
+    """HQQ at its package's defaults, groups along inputs; its zero points are floats, as ours are in q4_1 alone."""
     sys.path.append(str(folder))
     quantize = importlib.import_module("hqq.core.quantize")
-    settings = quantize.hqq_base_quant_config(nbits=BITS, group_size=GROUP, axis=1)["weight_quant_params"]
+    settings = quantize.hqq_base_quant_config(nbits=BITS, group_size=group, axis=1)["weight_quant_params"]
     for name in model.facts.linears:
         W = model.parameter(f"{name}.weight").data
         codes, meta = quantize.Quantizer.quantize(W, **settings, bitpack=False, device="cpu")
@@ -184,6 +184,7 @@ PAIRS: dict[str, Pair] = {
     "wanda 50 %": Pair("wanda", "prune.wanda", HALF, pruned, {"function": "prune_wanda"}),
     "sparsegpt 50 %": Pair("wanda", "prune.sparsegpt", HALF, pruned, {"function": "prune_sparsegpt"}),
     "hqq int4 g64": Pair("hqq", "quantize.hqq", CODES, hqq),
+    "hqq q4_1": Pair("hqq", "quantize.hqq", {"encoding": "q4_1", "embeddings": None}, hqq, {"group": 32}),
     "awq int4 g64": Pair("awq", "quantize.awq", {**CODES, "range": "minmax"}, awq, {"clip": False}),
     "awq int4 g64, clipped": Pair("awq", "quantize.awq", {**CODES, "range": "mse"}, awq, {"clip": True}),
 }

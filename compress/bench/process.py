@@ -6,7 +6,6 @@ Controller and process exchange one line of JSON each way; whatever a library pr
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pydantic import BaseModel, ConfigDict
 
 from compress.errors import CompressError, ResourceExhausted, exit_code, one_line
+from compress.machine import return_freed_memory
 
 if TYPE_CHECKING:
     from compress.interfaces import LanguageModel
@@ -176,7 +176,7 @@ def _measure(spec: str, prompt_tokens: int, new_tokens: int) -> Round:
 def _reset_peak() -> int:
     """Give freed memory back and let the kernel count its peak anew; bytes that are resident now."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     with contextlib.suppress(OSError):  # a kernel without it: earlier rounds opened the same model, their peak will do
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
     return _status("VmRSS")

@@ -1,10 +1,11 @@
-"""The block layouts Q4_0, Q5_0, Q8_0, IQ4_NL and MXFP4 of GGUF, from and to codes and scales.
+"""The block layouts Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL and MXFP4 of GGUF, from and to codes and scales.
 
 A block holds 32 consecutive weights of a row: a float16 scale (little endian), then the codes. Q8_0 stores
 them as signed bytes; Q4_0 stores code + 8 in 4 bits, weight j in the low and weight j + 16 in the high half
 of byte j. Q5_0 stores code + 16: first 32 bits that hold bit 4 of weight j in bit j, then the rest as Q4_0 does.
 IQ4_NL orders its codes, indices of levels, as Q4_0 does; so does MXFP4, which leads with the scale's exponent in
-one byte. Nothing is rounded in packing: the weight stays what code and scale say. The further types, with scales of
+one byte. Q4_1 and Q5_1 hold a float16 offset behind the scale. Nothing is rounded in packing: the weight stays what
+code and scale say. The further types, with scales of
 scales, are rounded by llama.cpp's own library and stay its bytes.
 """
 
@@ -60,6 +61,24 @@ def unpack_q5_0(packed: Tensor) -> tuple[Tensor, Tensor]:
     tops = (body[:, :, :4].unsqueeze(3) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(2)
     low = torch.cat([body[:, :, 4:] & 15, body[:, :, 4:] >> 4], dim=2)
     return (low | tops << 4).view(torch.int8).flatten(1) - 16, scales
+
+
+def pack_q4_1(codes: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Codes (n, m) uint8 in [0, 15], scales and offsets (n, m / 32) float16 → (n, m / 32 * 20) uint8.
+
+    w = code * scale + offset; the offset follows the scale, and codes lie as in Q4_0.
+    """
+    low, high = _indices(codes, 15).chunk(2, dim=2)
+    return _join(_per_block(scales, low), _with_offsets(offsets, low | high << 4))
+
+
+def pack_q5_1(codes: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Codes (n, m) uint8 in [0, 31], scales, offsets (n, m / 32) float16 → (n, m / 32 * 24) uint8; see `pack_q4_1`."""
+    blocks = _indices(codes, 31)
+    low, high = (blocks & 15).chunk(2, dim=2)
+    tops = (blocks >> 4).view(*blocks.shape[:2], 4, 8)
+    bits = (tops << torch.arange(8, dtype=torch.uint8)).sum(3, dtype=torch.uint8)
+    return _join(_per_block(scales, blocks), _with_offsets(offsets, torch.cat([bits, low | high << 4], dim=2)))
 
 
 def pack_q8_0(codes: Tensor, scales: Tensor) -> Tensor:
@@ -174,11 +193,19 @@ def _blocks(codes: Tensor, low: int, high: int) -> Tensor:
     return codes.contiguous().view(codes.shape[0], -1, BLOCK)
 
 
-def _indices(codes: Tensor) -> Tensor:
-    """Codes (n, m) of 16 levels as (n, m / 32, 32)."""
-    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % BLOCK or codes.gt(15).any():
-        raise ValueError(f"expected uint8 codes (n, m) below 16, m a multiple of 32, found {codes.dtype} {codes.shape}")
+def _indices(codes: Tensor, most: int = 15) -> Tensor:
+    """Codes (n, m) from 0 to `most` as (n, m / 32, 32)."""
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % BLOCK or codes.gt(most).any():
+        found = f"{codes.dtype} {codes.shape}"
+        raise ValueError(f"expected uint8 codes (n, m) below {most + 1}, m a multiple of 32, found {found}")
     return codes.contiguous().view(codes.shape[0], -1, BLOCK)
+
+
+def _with_offsets(offsets: Tensor, body: Tensor) -> Tensor:
+    """Offsets (n, b) float16 before the code bytes (n, b, k) of their blocks."""
+    if offsets.dtype != torch.float16 or offsets.shape != body.shape[:2]:
+        raise ValueError(f"expected float16 offsets, one per block of {body.shape}, found {offsets.shape}")
+    return torch.cat([offsets.contiguous().view(torch.uint8).view(*offsets.shape, 2), body], dim=2)
 
 
 def _per_block(scales: Tensor, blocks: Tensor) -> Tensor:

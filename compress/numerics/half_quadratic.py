@@ -6,10 +6,13 @@ An ℓp norm with p < 1 tolerates a few large errors for many small ones, as out
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from compress.numerics.affine import WEIGHTS_AT_ONCE, Grid, fit, float16, inverse
+from compress.errors import NumericalError
+from compress.numerics.affine import WEIGHTS_AT_ONCE, Grid, finite, fit, float16, inverse
 
 BETA, KAPPA = 10.0, 1.01  # the penalty's weight β and its growth per iteration
 
@@ -81,3 +84,53 @@ def _choose(first: Tensor, a: Grid, b: Grid) -> Grid:
     if a.zero_points is not None and b.zero_points is not None:
         zeros = torch.where(first, a.zero_points, b.zero_points)
     return Grid(a.low, a.high, torch.where(first, a.scales, b.scales), zeros)
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Scales and offsets (n, g) float16 of codes in [0, high]: w = code · scale + offset, as in GGUF's q4_1, q5_1."""
+
+    high: int
+    scales: Tensor
+    offsets: Tensor
+
+    def round(self, W: Tensor) -> Tensor:
+        """Nearest codes of W (n, g, k) as float32 integers."""
+        codes = (W - self.offsets.float().unsqueeze(-1)) * inverse(self.scales).unsqueeze(-1)
+        return codes.round_().clamp_(0, self.high)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Float32 weights (n, g, k) of codes (n, g, k)."""
+        return codes * self.scales.float().unsqueeze(-1) + self.offsets.float().unsqueeze(-1)
+
+
+def fit_offsets(W: Tensor, high: int, p: float, iterations: int) -> Offsets:
+    """Scales that cover the range of W (n, g, k), and offsets of least Σ |w − ŵ|^p, found as in `fit_half_quadratic`.
+
+    As in the source, scales stay what they begin as and zero points are real numbers, of which the first is whole.
+    Raises NumericalError for non-finite weights or what does not fit float16.
+    """
+    if not finite(W):
+        raise NumericalError("non-finite weights")
+    size = max(1, WEIGHTS_AT_ONCE // W[0].numel())
+    parts = [_fit_offsets(rows, high, p, iterations) for rows in torch.split(W, size)]
+    return Offsets(high, torch.cat([g.scales for g in parts]), torch.cat([g.offsets for g in parts]))
+
+
+def _fit_offsets(W: Tensor, high: int, p: float, iterations: int) -> Offsets:
+    least, most = torch.aminmax(W, dim=-1)
+    scales = float16((most - least) / high)
+    step = scales.float()
+    level = (least * inverse(scales)).round_()
+    grid = Offsets(high, scales, float16(torch.where(step == 0, least, level * step)))
+    best, lowest = grid.offsets, torch.full(step.shape, torch.inf)
+    unit = torch.where(step == 0, 1.0, step).unsqueeze(-1)
+    for i in range(iterations):
+        codes = grid.round(W)
+        x = (W - grid.decode(codes)) / unit
+        powers = x.abs().pow_(p)
+        error = powers.sum(-1)
+        best, lowest = torch.where(error < lowest, grid.offsets, best), torch.minimum(error, lowest)
+        target = W - shrink(x, powers, BETA * KAPPA**i).mul_(unit)
+        grid = Offsets(high, scales, float16((target - codes * step.unsqueeze(-1)).mean(-1)))
+    return Offsets(high, scales, best)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from compress.encodings import Encoding
 from compress.errors import NumericalError
 from compress.numerics.affine import Grid, fit
-from compress.numerics.half_quadratic import BETA, KAPPA, _nearest, fit_half_quadratic, shrink
+from compress.numerics.half_quadratic import BETA, KAPPA, Offsets, _nearest, fit_half_quadratic, fit_offsets, shrink
 
 P = 0.7
 
@@ -153,3 +153,65 @@ def test_it_fits_as_well_as_the_authors_package(df, bits, size):
     ours = float(lp_error(grouped, fit_half_quadratic(grouped, 0, 2**bits - 1, False, P, 20)).sum()) / grouped.numel()
     # Its zero points are floats of 16 bits and ours integers of 4, which small groups feel.
     assert ours < (1.04 if (bits, size) == (4, 32) else 1.01) * OFFICIAL[df, bits, size]
+
+
+def plain_offsets(w: list[float], high: int, iterations: int) -> list[float]:
+    """`plain` for a scale that stays and an offset of float16."""
+    s = half((max(w) - min(w)) / high)
+    m, best, least = half(round(min(w) / s) * s), [], float("inf")
+    for i in range(iterations):
+        codes = [min(max(round((x - m) / s), 0), high) for x in w]
+        decoded = [c * s + m for c in codes]
+        error = sum(abs(x - y) ** P for x, y in zip(w, decoded))
+        if error < least:
+            best, least = decoded, error
+        target = []
+        for x, y in zip(w, decoded):
+            e = (x - y) / s
+            size = abs(e) - abs(e) ** (P - 1) / (BETA * KAPPA**i) if e else 0.0
+            target.append(x - s * (max(size, 0.0) if e > 0 else -max(size, 0.0)))
+        m = half(sum(t - c * s for t, c in zip(target, codes)) / len(w))
+    return best
+
+
+@pytest.mark.parametrize("high", [15, 31])
+def test_offsets_equal_a_slow_plain_version(high):
+    W = weights(0)
+    grid = fit_offsets(W, high, P, 8)
+    found = grid.decode(grid.round(W)).flatten(0, 1)
+    expected = torch.tensor([plain_offsets(w, high, 8) for w in W.flatten(0, 1).tolist()])
+    assert ((found - expected).abs().amax(-1) < 1e-6).float().mean() > 0.85
+
+
+@given(st.integers(0, 10**6), st.sampled_from([15, 31]))
+@settings(deadline=None, max_examples=40)
+def test_more_iterations_never_hurt_offsets(seed, high):
+    W = weights(seed)
+    grids = [fit_offsets(W, high, P, n) for n in (1, 5, 15)]
+    errors = [(W - g.decode(g.round(W))).abs().double().pow(P).sum(-1) for g in grids]
+    for earlier, later in zip(errors, errors[1:]):
+        assert (later <= earlier * (1 + 1e-5)).all()
+    assert errors[2].sum() < 0.99 * errors[0].sum()
+
+
+def test_a_group_of_equal_weights_is_its_offset():
+    W = torch.tensor([0.0, -0.25, 3.0]).view(3, 1, 1).expand(3, 1, 32)
+    grid = fit_offsets(W, 15, P, 3)
+    assert torch.equal(grid.decode(grid.round(W)), W)
+    with pytest.raises(NumericalError, match="non-finite"):
+        fit_offsets(W / 0, 15, P, 3)
+
+
+@pytest.mark.parametrize("df,bits,size", [key for key in OFFICIAL if key[1:] == (4, 32)])
+def test_offsets_fit_as_well_as_the_authors_package(df, bits, size):
+    grouped = heavy(df).view(128, -1, size)
+    grid = fit_offsets(grouped, 2**bits - 1, P, 20)
+    ours = float((grouped - grid.decode(grid.round(grouped))).abs().double().pow(P).mean())
+    assert ours < 1.01 * OFFICIAL[df, bits, size]
+
+
+def test_offsets_decode_as_they_say():
+    grid = Offsets(15, torch.tensor([[0.5]]).half(), torch.tensor([[-1.25]]).half())
+    W = torch.tensor([[[-9.0, -1.25, 0.0, 0.3, 9.0]]])
+    assert grid.round(W).flatten().tolist() == [0, 0, 2, 3, 15]  # 2.5 falls to the even code
+    assert grid.decode(grid.round(W)).flatten().tolist() == [-1.25, -1.25, -0.25, 0.25, 6.25]

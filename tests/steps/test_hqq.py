@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from gguf import GGUFReader
 
 from compress.encodings import Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
+from compress.numerics.half_quadratic import fit_offsets
 from compress.plugin import step
 from compress.steps.quantize._fields import round_to_nearest
+from export._llama_cpp import find
+from export.gguf import Gguf
 from tests.tiny import tiny_model
+from tests.tiny_gguf import tiny
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -44,6 +49,8 @@ def test_it_lowers_its_own_norm_of_the_error():
         ({"encoding": "nf4"}, "integer codes, not nf4.s; use quantize.rtn"),
         ({"keep": {"*.down_proj": "mxfp4"}}, "integer codes, not mxfp4.s; use"),
         ({"embeddings": "mxfp4"}, "integer codes, not mxfp4.s; use"),
+        ({"encoding": "q4_1", "group_size": 64}, "q4_1 holds a scale and an offset for 32 channels, always"),
+        ({"encoding": "q5_1", "symmetric": True}, "leave group_size and symmetric out"),
         ({"p": 0.0}, "greater than 0"),
         ({"iterations": 0}, "greater than or equal to 1"),
     ],
@@ -51,6 +58,24 @@ def test_it_lowers_its_own_norm_of_the_error():
 def test_what_it_cannot_do_is_refused(fields, message):
     with pytest.raises((RecipeError, ValueError), match=message):
         step("quantize.hqq")(**fields)
+
+
+@pytest.mark.parametrize("encoding,high", [("q4_1", 15), ("q5_1", 31)])
+def test_blocks_hold_the_offsets_that_it_found_and_reach_the_file(encoding, high, tmp_path):
+    model = tiny()
+    W = {n: p.detach().clone() for n, p in model.module.named_parameters()}
+    chosen = step("quantize.hqq")(encoding=encoding, keep={"*.q_proj": "int8"})
+    chosen.apply(model, Context(seed=0))
+    assert {n: e.encoding for n, e in model.encoded.items()} == chosen.encodings(model.facts)
+    assert model.encoded[UP].encoding == Encoding(encoding)
+    assert model.encoded[UP.replace("mlp.up", "self_attn.q")].encoding == Encoding("int8", 32)
+    grouped = W[UP].view(len(W[UP]), -1, 32)
+    grid = fit_offsets(grouped, high, 0.7, 20)
+    assert torch.equal(model.parameter(UP), grid.decode(grid.round(grouped)).view_as(W[UP]))
+    Gguf().write(model, tmp_path)
+    (stored,) = [t for t in GGUFReader(find(tmp_path)).tensors if t.name == "blk.0.ffn_up.weight"]
+    assert stored.tensor_type.name == encoding.upper()
+    assert torch.equal(torch.from_numpy(stored.data.copy()), model.encoded[UP].codes)
 
 
 def test_non_finite_weights_name_the_tensor():
