@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from compress.numerics.products import small_products
 
-COLUMNS_AT_ONCE = 128  # columns that are replaced before one product carries their errors on
+COLUMNS_AT_ONCE = 128  # of a run, where the caller knows no better
+TOGETHER = 64  # columns that are replaced before one product carries their errors on
 
 Begin = Callable[[int, Tensor], None]
 """Given the first column of a run and the columns from there on, (columns, n), as earlier errors have changed them."""
@@ -47,22 +48,50 @@ def sweep(W: Tensor, R: Tensor, cuts: Iterable[tuple[int, int]], begin: Begin, v
             columns += torch.linalg.solve_triangular(R[start:stop, start:stop].T, lost, upper=False)
         return columns
 
-    for start, stop in cuts:
-        columns = wanted(start, stop)
-        begin(start, columns)
-        for first in range(start, stop, COLUMNS_AT_ONCE):
-            part = slice(first, min(first + COLUMNS_AT_ONCE, stop))
-            columns = columns[: part.stop - first] if first == start else wanted(first, part.stop)
-            with small_products():
-                _replace(columns, R[part, part], first, visit, new[part])
-            torch.sub(W[part], new[part], out=errors[part])
+    for start, stop, begun in _parts(cuts):
+        columns, part = wanted(start, stop), slice(start, stop)
+        if begun and begun[0][1] > stop:
+            begin(start, wanted(*begun.pop()))
+        with small_products():
+            _replace(columns, R[part, part], start, begun, begin, visit, new[part])
+        torch.sub(W[part], new[part], out=errors[part])
     return new.T
 
 
-def _replace(columns: Tensor, R: Tensor, first: int, visit: Visit, new: Tensor) -> None:
-    """Write to `new` (k, n) what `visit` makes of columns (k, n), the first of index `first`. R: (k, k), their own."""
-    left = torch.empty_like(columns)  # by which each column is off, had its run no errors before it
+def _parts(cuts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Columns that are replaced together, and the runs that begin among them: short ones whole, a long one in pieces.
+
+    >>> list(_parts([(0, 32), (32, 64), (64, 164)]))
+    [(0, 64, [(0, 32), (32, 64)]), (64, 128, [(64, 164)]), (128, 164, [])]
+    """
+    begun: list[tuple[int, int]] = []
+    for start, stop in cuts:
+        if begun and stop - begun[0][0] > TOGETHER:
+            yield begun[0][0], start, begun
+            begun = []
+        begun.append((start, stop))
+        if stop - start > TOGETHER:
+            for first in range(start, stop, TOGETHER):
+                yield first, min(first + TOGETHER, stop), [(start, stop)] if first == start else []
+            begun = []
+    if begun:
+        yield begun[0][0], begun[-1][1], begun
+
+
+def _replace(
+    columns: Tensor, R: Tensor, first: int, runs: list[tuple[int, int]], begin: Begin, visit: Visit, new: Tensor
+) -> None:
+    """Write to `new` (k, n) what `visit` makes of columns (k, n), the first of index `first`. R: (k, k), their own.
+
+    runs: those that begin and end here.
+    """
+    left = torch.empty_like(columns)  # by which each column is off, had those before it here no errors
     shares = (R / R.diagonal()).T.contiguous()
+    beginning = {start - first: stop - first for start, stop in runs}
     for k, (column, share) in enumerate(zip(columns.unbind(), shares.unbind())):
+        if k in beginning:
+            run = slice(k, beginning[k])
+            lost = R[:k, run].T @ left[:k]
+            begin(first + k, columns[run] + torch.linalg.solve_triangular(R[run, run].T, lost, upper=False))
         new[k] = visit(first + k, torch.addmv(column, left[:k].T, share[:k]) if k else column)
         torch.sub(column, new[k], out=left[k])
