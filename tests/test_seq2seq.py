@@ -251,11 +251,11 @@ def test_gptq_loses_less_than_rounding_in_both_halves() -> None:
     assert losses["quantize.gptq"] < 0.8 * losses["quantize.rtn"], losses
 
 
-def test_layer_errors_name_both_halves(tmp_path: Path) -> None:
+def test_layer_errors_name_both_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, baseline = tiny_seq2seq(), tiny_seq2seq()
     plugin.step("quantize.rtn")(encoding="int4", group_size=16).apply(model, Context(seed=0))
-    # Which documents are drawn follows from the path, too: enough of them that any draw fills the budget.
-    path = write_pairs(tmp_path / "rows.jsonl", sentences(400))
+    monkeypatch.chdir(tmp_path)  # which documents are drawn follows from the path, too
+    path = write_pairs(Path("rows.jsonl"), sentences(400))
     (part,) = split([Request("selection", f"file:{path}", tokens=200, length=24)], 0)
     windows = whole(part, model.encode)
     assert 3 < len(windows) < 20 and sum(map(len, windows[:-1])) < 200 <= sum(map(len, windows))

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 
 OFFSETS = {"q4_1": 15, "q5_1": 31}  # types whose blocks of 32 hold a float16 offset, and their highest code
-ROWS_AT_ONCE = 4096
 
 
 class Hqq(WeightQuantization):
@@ -100,14 +99,11 @@ class Hqq(WeightQuantization):
         from compress.numerics.ggml_blocks import pack_q4_1, pack_q5_1
         from compress.numerics.half_quadratic import fit_offsets
 
+        grouped = W.reshape(len(W), encoding.groups(W.shape[1]), -1)
+        try:
+            grid = fit_offsets(grouped, OFFSETS[encoding.name], self.p, self.iterations)
+        except NumericalError as error:
+            raise NumericalError(f"{tensor}: {error}") from None
         pack = pack_q4_1 if encoding.name == "q4_1" else pack_q5_1
-        parts = []
-        for rows in torch.split(W, ROWS_AT_ONCE):
-            grouped = rows.reshape(len(rows), encoding.groups(W.shape[1]), -1)
-            try:
-                grid = fit_offsets(grouped, OFFSETS[encoding.name], self.p, self.iterations)
-            except NumericalError as error:
-                raise NumericalError(f"{tensor}: {error}") from None
-            codes = grid.round(grouped).to(torch.uint8).flatten(1)
-            parts.append(pack(codes, grid.scales, grid.offsets))
-        return EncodedTensor(encoding, torch.cat(parts))
+        codes = grid.round(grouped).to(torch.uint8).flatten(1)
+        return EncodedTensor(encoding, pack(codes, grid.scales, grid.offsets))
