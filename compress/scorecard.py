@@ -131,7 +131,7 @@ def bar(value: float, low: float, high: float) -> str:
     """A share between 0 and 1 with its interval, drawn with characters.
 
     >>> bar(0.5, 0.25, 0.75)
-    '|------=====O======------|'
+    '|-----======O======------|'
     """
 
     def at(x: float) -> int:
