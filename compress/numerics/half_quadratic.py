@@ -107,7 +107,8 @@ class Offsets:
 def fit_offsets(W: Tensor, high: int, p: float, iterations: int) -> Offsets:
     """Scales that cover the range of W (n, g, k), and offsets of least Σ |w − ŵ|^p, found as in `fit_half_quadratic`.
 
-    As in the source, scales stay what they begin as and zero points are real numbers, of which the first is whole.
+    As in the source, scales stay what they begin as, zero points are real numbers, of which the first is whole, and E
+    is counted in the weights' own unit: errors below some .17 count as none of it, so that the offset is their mean.
     Raises NumericalError for non-finite weights or what does not fit float16.
     """
     if not finite(W):
@@ -124,13 +125,12 @@ def _fit_offsets(W: Tensor, high: int, p: float, iterations: int) -> Offsets:
     level = (least * inverse(scales)).round_()
     grid = Offsets(high, scales, float16(torch.where(step == 0, least, level * step)))
     best, lowest = grid.offsets, torch.full(step.shape, torch.inf)
-    unit = torch.where(step == 0, 1.0, step).unsqueeze(-1)
     for i in range(iterations):
         codes = grid.round(W)
-        x = (W - grid.decode(codes)) / unit
+        x = W - grid.decode(codes)
         powers = x.abs().pow_(p)
         error = powers.sum(-1)
         best, lowest = torch.where(error < lowest, grid.offsets, best), torch.minimum(error, lowest)
-        target = W - shrink(x, powers, BETA * KAPPA**i).mul_(unit)
+        target = W - shrink(x, powers, BETA * KAPPA**i)
         grid = Offsets(high, scales, float16((target - codes * step.unsqueeze(-1)).mean(-1)))
     return Offsets(high, scales, best)
