@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import os
 import re
@@ -56,12 +55,6 @@ def ungated(tmp_path_factory) -> Path:
 
 
 # --- statistics ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("module", [bench])
-def test_documented_examples(module):
-    found = doctest.testmod(module)
-    assert found.attempted >= 2 and not found.failed
 
 
 def test_intervals_hold_at_95_percent():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from importlib import metadata
 from typing import Any
 
@@ -19,11 +18,6 @@ CASES = {
     "onnxruntime": ("onnx", {"flavour": "portable"}),
     "compressed-tensors": ("checkpoint", {}),
 }
-
-
-def test_documented_examples() -> None:
-    found = doctest.testmod(requirements)
-    assert found.attempted and not found.failed
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,27 +1,19 @@
 """Manifests that vouch for themselves."""
 
-import doctest
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress import errors, sealing
+from compress import sealing
 from compress.errors import Corrupt
-from compress.provenance import facts
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text('aé漢\n"\\'),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=3),
     max_leaves=8,
 )
-
-
-@pytest.mark.parametrize("module", [sealing, errors, facts])
-def test_documented_examples(module):
-    found = doctest.testmod(module)
-    assert found.attempted and not found.failed
 
 
 @given(st.dictionaries(st.text("abc", max_size=3), JSON, max_size=4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import math
 from pathlib import Path
@@ -81,11 +80,6 @@ def test_other_heads_and_relatives_are_refused_from_the_config(change: dict[str,
     assert Facts.from_config({**config, "feed_forward_proj": "gated-gelu"}).activation == "gelu_tanh"
     with pytest.raises(RecipeError, match=message):
         Facts.from_config({**config, **change})
-
-
-def test_documented_examples() -> None:
-    found = doctest.testmod(pairs)
-    assert found.attempted >= 3 and not found.failed
 
 
 def test_each_side_is_cut_and_keeps_what_ends_it() -> None:

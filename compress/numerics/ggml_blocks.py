@@ -4,9 +4,9 @@ A block holds 32 consecutive weights of a row: a float16 scale (little endian), 
 them as signed bytes; Q4_0 stores code + 8 in 4 bits, weight j in the low and weight j + 16 in the high half
 of byte j. Q5_0 stores code + 16: first 32 bits that hold bit 4 of weight j in bit j, then the rest as Q4_0 does.
 IQ4_NL orders its codes, indices of levels, as Q4_0 does; so does MXFP4, which leads with the scale's exponent in
-one byte. Q4_1 and Q5_1 hold a float16 offset behind the scale. Nothing is rounded in packing: the weight stays what
-code and scale say. The further types, with scales of
-scales, are rounded by llama.cpp's own library and stay its bytes.
+one byte. Q4_1 and Q5_1 hold a float16 offset behind the scale, and codes without a sign. Nothing is rounded in packing:
+the weight stays what code and scale say. The further types, with scales of scales, are rounded by llama.cpp's own
+library and stay its bytes.
 """
 
 from __future__ import annotations

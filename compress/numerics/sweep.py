@@ -52,8 +52,7 @@ def sweep(W: Tensor, R: Tensor, cuts: Iterable[tuple[int, int]], begin: Begin, v
         columns, part = wanted(start, stop), slice(start, stop)
         if begun and begun[0][1] > stop:
             begin(start, wanted(*begun.pop()))
-        with small_products():
-            _replace(columns, R[part, part], start, begun, begin, visit, new[part])
+        _replace(columns, R[part, part], start, begun, begin, visit, new[part])
         torch.sub(W[part], new[part], out=errors[part])
     return new.T
 
@@ -83,15 +82,19 @@ def _replace(
 ) -> None:
     """Write to `new` (k, n) what `visit` makes of columns (k, n), the first of index `first`. R: (k, k), their own.
 
-    runs: those that begin and end here.
+    runs: those that begin and end here, or none, of a longer one's part.
     """
     left = torch.empty_like(columns)  # by which each column is off, had those before it here no errors
     shares = (R / R.diagonal()).T.contiguous()
-    beginning = {start - first: stop - first for start, stop in runs}
-    for k, (column, share) in enumerate(zip(columns.unbind(), shares.unbind())):
-        if k in beginning:
-            run = slice(k, beginning[k])
-            lost = R[:k, run].T @ left[:k]
-            begin(first + k, columns[run] + torch.linalg.solve_triangular(R[run, run].T, lost, upper=False))
-        new[k] = visit(first + k, torch.addmv(column, left[:k].T, share[:k]) if k else column)
-        torch.sub(column, new[k], out=left[k])
+    for start, stop in runs or [(first, first + len(columns))]:
+        run = slice(start - first, stop - first)
+        if runs:
+            with small_products():
+                lost = R[: run.start, run].T @ left[: run.start]
+                wanted = columns[run] + torch.linalg.solve_triangular(R[run, run].T, lost, upper=False)
+            begin(start, wanted)
+        with small_products():
+            for k in range(run.start, run.stop):
+                column = torch.addmv(columns[k], left[:k].T, shares[k, :k]) if k else columns[k]
+                new[k] = visit(first + k, column)
+                torch.sub(columns[k], new[k], out=left[k])

@@ -1,7 +1,6 @@
 """Block bytes against gguf-py's codecs and the C library's quantizer."""
 
 import ctypes
-import doctest
 
 import gguf
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.encodings import EncodedTensor, Encoding
-from compress.numerics import ggml_blocks
 from compress.numerics.ggml_blocks import (
     pack_iq4_nl,
     pack_mxfp4,
@@ -180,7 +178,3 @@ def c_quantize(W: Tensor, kind: int, size: int) -> bytes:
 def test_what_does_not_fit_a_block_is_refused(codes: Tensor, scales: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack_q4_0(codes, scales)
-
-
-def test_examples_in_the_documentation() -> None:
-    assert doctest.testmod(ggml_blocks).failed == 0

@@ -182,3 +182,9 @@ def test_sensitivities_are_those_of_the_real_model_and_the_table_beats_one_encod
         step("quantize.rtn")(encoding="int4", range="mse", embeddings=None, keep=keep).apply(model, Context(seed=0))
         found[label] = ruler.divergence(Network(model.module, False))
     assert found["mixed"] < 0.95 * found["int4"], found
+
+
+def test_it_is_computed_anew_when_its_method_changes(monkeypatch):
+    before = {method: Mixed(method=method).reads() for method in ("gptq", "rtn")}
+    monkeypatch.setattr(type(step("quantize.gptq")()), "version", 99)
+    assert Mixed(method="gptq").reads() != before["gptq"] and Mixed(method="rtn").reads() == before["rtn"]

@@ -203,10 +203,8 @@ def solve(
     codes = torch.empty(m, n, dtype=torch.int8 if encoding.signed else torch.uint8)
 
     def begin(start: int, columns: Tensor) -> None:
-        if not act_order:
-            for first in range(0, len(columns), size):
-                group = columns[first : first + size]
-                grids.fit(group if kept is None else group * kept[start + first :][:size], start + first)
+        if not act_order:  # a run is a group
+            grids.fit(columns if kept is None else columns * kept[start : start + size], start)
 
     def visit(j: int, column: Tensor) -> Tensor:
         channel = int(order[j])

@@ -47,7 +47,7 @@ class Hqq(WeightQuantization):
     classifiers: ClassVar[bool] = True
     takes_pairs: ClassVar[bool] = True
 
-    encoding: CodedName | Literal["q4_1", "q5_1"] = "int4"  # type: ignore[assignment]
+    encoding: Literal[CodedName, "q4_1", "q5_1"] = "int4"  # type: ignore[assignment]
     symmetric: bool = False
     p: float = Field(0.7, gt=0, le=1, allow_inf_nan=False)
     iterations: int = Field(20, ge=1)
@@ -62,7 +62,7 @@ class Hqq(WeightQuantization):
             )
         return self
 
-    def _encoding(self, name: EncodingName | Literal["q4_1", "q5_1"]) -> Encoding:
+    def _encoding(self, name: Literal[EncodingName, "q4_1", "q5_1"]) -> Encoding:
         if name == "q4_1" or name == "q5_1":
             return Encoding(name)
         found = super()._encoding(name)

@@ -37,7 +37,6 @@ class Mixed(Step):
     """
 
     name: ClassVar[str] = "quantize.mixed"
-    version: ClassVar[int] = 2  # raised with that of a method
     packs: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 
@@ -49,6 +48,11 @@ class Mixed(Step):
     symmetric: bool = True
     embeddings: EncodingName | None = "int8"
     sensitivity_tokens: int = Field(4096, ge=2)
+
+    def reads(self) -> str:
+        """The method with its version: when its results change, so do these."""
+        method = self._quantization({})
+        return f"{method.name} {method.version}"
 
     def check(self, facts: Facts) -> None:
         """Refuse group sizes that do not divide, and a budget that allows nothing or leaves nothing to choose."""
