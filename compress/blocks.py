@@ -13,6 +13,7 @@ from compress.errors import NumericalError, RecipeError
 from compress.families import Stack
 from compress.model import Model
 from compress.numerics.affine import finite
+from compress.numerics.products import working_products, working_type
 from compress.pairs import split
 from compress.seq2seq import Seq2Seq
 
@@ -42,7 +43,7 @@ class Block:
 
     linears: full module name → linear. index: position in its stack. arguments: those of all batches, or of each.
     originals: where `walk` was asked for them, first linear of a stage → the inputs that it has in the model as it was,
-    one (tokens, in_features) bfloat16 tensor per batch; none of a stage that reads the MLP's inner channels.
+    one (tokens, in_features) tensor of the working type per batch; none of a stage that reads the MLP's inner channels.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Block:
         return self._watch(lambda names, X: callback(names, X.float()))
 
     def _watch(self, callback: Observer, last: bool = False) -> list[Tensor]:
-        """`observe`, with inputs as they are, mostly bfloat16. last: the states that enter are needed no more."""
+        """`observe`, with inputs as they are. last: the states that enter are needed no more."""
         hooks = []
         for names in self.stages:
 
@@ -104,8 +105,8 @@ class Block:
     def stages_in_turn(self) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
         """Each group of linears with its inputs, fed by the linears before it as the caller has changed them.
 
-        Yields (names, inputs), the inputs being one (tokens, in_features) bfloat16 tensor per batch: what the
-        products see. The block is computed only once in all: a submodule that ends in a linear whose turn has come
+        Yields (names, inputs), the inputs being one (tokens, in_features) tensor of the working type per batch: what
+        the products see. The block is computed only once in all: a submodule that ends in a linear whose turn has come
         (attention, MLP) runs no more, its last product aside, nor does a norm whose output is known, which the caller
         must leave as it is; `advance` is part of that.
         """
@@ -149,11 +150,11 @@ class Block:
 
     @torch.inference_mode()
     def _input_of(self, name: str, batch: int) -> Tensor:
-        """The input of a linear on one batch, (windows, length, in_features) bfloat16; what follows is not run."""
+        """The input of a linear on one batch, (windows, length, in_features) of the working type; no more is run."""
         caught: list[Tensor] = []
 
         def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            caught.append(inputs[0].bfloat16())
+            caught.append(inputs[0].to(working_type()))
             raise _Captured
 
         hook = self.linears[name].register_forward_pre_hook(capture)
@@ -181,7 +182,7 @@ class Block:
             X, product, out = self._caught_around(name, batch, early)
             if own in self._architecture.post_norms:
                 norm = self.module.get_submodule(self._architecture.post_norms[own])
-                product = norm(product.bfloat16()).float()  # which is what the block rounds it to, before and after
+                product = norm(product.to(working_type())).float()  # as the block rounds it, before and after
             before = self._states[batch] if out is None else out - product
             yield X, before.flatten(0, -2), (before + product if out is None else out).flatten(0, -2)
             left += [] if out is None else [out]
@@ -216,8 +217,7 @@ class Block:
     @torch.inference_mode()
     def _run(self, batch: int) -> Tensor:
         self._batch = batch
-        # bfloat16 products are safe inside a block; the residual stream stays float32.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with working_products():
             states_out = self._arguments[batch].call(self.module, self._states[batch])
         if not finite(states_out):
             raise NumericalError(f"{self._prefix}: non-finite hidden states on the calibration data")
@@ -359,7 +359,7 @@ def _observe_originals(block: Block, untouched: Block) -> list[Tensor]:
 
     def keep(names: tuple[str, ...], X: Tensor) -> None:
         if names[0] not in block.inner:
-            block.originals.setdefault(names[0], []).append(X.bfloat16())
+            block.originals.setdefault(names[0], []).append(X.to(working_type()))
 
     return untouched._watch(keep, last=True)
 

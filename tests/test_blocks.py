@@ -5,7 +5,10 @@ import torch
 
 from compress.blocks import Block, walk
 from compress.errors import RecipeError
+from compress.numerics.products import working_type
 from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.usefixtures("working")
 
 WINDOWS = [torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
@@ -13,7 +16,7 @@ WINDOWS = [torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(
 def observed(block: Block) -> dict[str, torch.Tensor]:
     """The inputs of each group of linears in one plain pass, rounded as the products round them."""
     found: dict[str, list[torch.Tensor]] = {}
-    block.observe(lambda names, X: found.setdefault(names[0], []).append(X.bfloat16()))
+    block.observe(lambda names, X: found.setdefault(names[0], []).append(X.to(working_type())))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -83,7 +86,7 @@ def test_the_stream_around_a_closing_linear_is_what_transformers_adds_up(part):
             hook.remove()
         first, second = torch.cat(streams[0::2]).flatten(0, 1), torch.cat(streams[1::2]).flatten(0, 1)
         X, before, after = (torch.cat(t) for t in zip(*block.around(f"model.layers.{block.index}.{part}", last=True)))
-        assert torch.equal(X.bfloat16(), expected[f"model.layers.{block.index}.{part}"])
+        assert torch.equal(X.to(working_type()), expected[f"model.layers.{block.index}.{part}"])
         if part == "self_attn.o_proj":
             assert torch.equal(before, first) and torch.equal(after, second)
         else:

@@ -1,5 +1,6 @@
-"""oneDNN is asked only where it keeps float32's bits, and the setting is put back."""
+"""The type of products follows the processor; oneDNN is asked only where it keeps float32's bits."""
 
+import pytest
 import torch
 
 from compress.numerics import products
@@ -45,3 +46,25 @@ def test_bfloat16_factors_are_allowed_for_a_while():
         with products.bfloat16_factors(exact):
             assert MATMUL.fp32_precision == within
         assert MATMUL.fp32_precision == before
+
+
+@pytest.mark.parametrize(
+    "has,expected",
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_products_of_calibration_are_bfloat16_where_the_processor_multiplies_it(has, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert products.working_type() == expected
+    with products.working_products():
+        assert torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)).dtype == expected
+
+
+def test_this_processor_says_what_it_multiplies():
+    assert products.NATIVE & torch.cpu.get_capabilities().keys()

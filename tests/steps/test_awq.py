@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from compress.encodings import EncodedTensor, Encoding
 from compress.interfaces import Context
 from compress.model import Model
+from compress.numerics.products import working_products
 from compress.plugin import step
 from compress.steps.quantize._fields import round_to_nearest
 from compress.steps.quantize._folding import fold
@@ -122,7 +123,7 @@ def reference(
         )
         for n, m in names.items()
     ]
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):  # as the walk over blocks computes
+    with torch.inference_mode(), working_products():  # as the walk over blocks computes
         model.module(input_ids=torch.stack(calibration))
     for hook in hooks:
         hook.remove()

@@ -12,6 +12,7 @@ from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.model import Model
 from compress.numerics.masks import keep_highest
+from compress.numerics.products import working_products
 from compress.steps.distill._lessons import Reading, Text, Writing, set_aside
 from compress.steps.distill._network import Network
 from compress.steps.distill._sampling import choose, write
@@ -125,7 +126,7 @@ def test_only_what_was_written_is_scored():
     loss = Text(given).backward(network, data)
     found = model.parameter("lm_head.weight").grad.clone()
     model.module.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
+    with working_products():
         logits = model.module(torch.stack(data)).logits[:, given - 1 : -1].float()
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.stack(data)[:, given:].flatten())
     plain.backward()

@@ -12,6 +12,7 @@ from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.model import Model
 from compress.numerics.counts import pruned_count
+from compress.numerics.products import working_products
 from compress.plugin import step
 from tests.tiny import tiny_model
 
@@ -187,7 +188,7 @@ def plain_wanda(model: Model, calibration: list[torch.Tensor], sparsity: float) 
             )
             for m in block
         ]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), working_products():
             for window in calibration:
                 model.module(input_ids=window[None])
         for hook in hooks:

@@ -8,6 +8,7 @@ from compress.errors import NumericalError
 from compress.interfaces import Context
 from compress.model import Model
 from compress.numerics.divergence import divergence
+from compress.numerics.products import working_products
 from compress.plugin import step
 from compress.steps.prune._depth import by_divergence
 from compress.steps.prune._removal import moments
@@ -171,7 +172,7 @@ def plain_kl(model: Model, kept: list[int]) -> float:
         for chosen in ([0, 1, 2], kept):
             model.module.model.layers = torch.nn.ModuleList(blocks[i] for i in chosen)
             model.module.config.num_hidden_layers = len(chosen)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), working_products():
                 found.append(model.module(window[None], use_cache=False).logits[0].float())
         total, tokens = total + float(divergence(*found).kl.sum()), tokens + len(window)
     model.module.model.layers, model.module.config.num_hidden_layers = blocks, 3

@@ -125,7 +125,9 @@ def test_the_student_that_learns_decodes_rounded_scales():
         for name, theta in thetas.items():
             tensor = rescaled(coded[name], theta)
             assert (tensor.scales.float() / coded[name].scales.float() - theta.exp()).abs().max() < 2e-3  # float16
-            model.store(name, tensor)
+    assert all(torch.equal(model.parameter(name), tensor.decode()) for name, tensor in coded.items())  # as before
+    for name, theta in thetas.items():
+        model.store(name, rescaled(coded[name], theta))
     assert not torch.equal(moved, start)
     assert torch.equal(Network(model.module, learns=False).hidden(window), moved)
 

@@ -12,6 +12,7 @@ from compress.errors import CompressError, NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.model import Model
 from compress.numerics.divergence import divergence
+from compress.numerics.products import working_products
 from compress.plugin import step
 from compress.rounding import InputRounding
 from compress.steps.quantize.smoothquant import output_error, smoothing
@@ -65,7 +66,7 @@ def reference(model: Model, alpha: float) -> tuple[dict[str, torch.Tensor], dict
         m.register_forward_pre_hook(lambda _, a, n=n: caught.setdefault(n, []).append(a[0].float().flatten(0, -2)))
         for n, m in linears.items()
     ]
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):  # as the walk over blocks computes
+    with torch.inference_mode(), working_products():  # as the walk over blocks computes
         model.module(input_ids=torch.stack(windows()))
     for hook in hooks:
         hook.remove()

@@ -1,4 +1,4 @@
-"""Networks as distillation runs them: body and head apart, frozen matrices held in bfloat16."""
+"""Networks as distillation runs them: body and head apart, frozen matrices held in the type of products."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compress.errors import RecipeError
 from compress.numerics.capping import capped
+from compress.numerics.products import working_products, working_type
 from compress.steps.distill._checkpoints import restore
 
 if TYPE_CHECKING:
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 
 
 class Network:
-    """A model's body and head with matrix products in bfloat16 (autocast) and everything else in float32.
+    """A model's body and head with matrix products of the working type (autocast) and everything else in float32.
 
     Autocast converts a weight at every forward. Here frozen matrices, and all of them with `learns=False`, are
     converted once, and matrices that learn once per optimizer step: products read a bfloat16 shadow, whose gradient is
-    added to the float32 parameter's. Build it after `requires_grad` is set, and `refresh` it after every change.
+    added to the float32 parameter's. Where the working type is float32, products read the parameters themselves.
+    Build it after `requires_grad` is set, and `refresh` it after every change.
     """
 
     def __init__(self, module: Any, learns: bool):
@@ -46,7 +48,9 @@ class Network:
         self.cap: float | None = getattr(module.config, "final_logit_softcapping", None)
 
     def _converted(self, parameter: nn.Parameter, learns: bool) -> Tensor:
-        """The parameter in bfloat16; where it learns, a leaf that hands its gradients on."""
+        """The parameter in the working type; where it learns, itself or a leaf that hands its gradients on."""
+        if working_type() == torch.float32:
+            return parameter if learns else parameter.detach()
         if not (learns and parameter.requires_grad):
             return parameter.detach().bfloat16()
         shadow = parameter.detach().bfloat16().requires_grad_()
@@ -62,21 +66,21 @@ class Network:
 
     def hidden(self, window: Tensor) -> Tensor:
         """Final hidden states (length, width) of one window (length,)."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with working_products():
             states: Tensor = functional_call(
                 self.body, self.frozen, kwargs={"input_ids": window[None], "use_cache": False}
             ).last_hidden_state
         return states[0]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (tokens, vocabulary) in bfloat16."""
-        with torch.autocast("cpu", torch.bfloat16):
+        """Logits (tokens, vocabulary) of the working type."""
+        with working_products():
             # A cap ends in a product with a number, whose backward does not read its output either.
             return capped(linear(hidden, self.head_weight, self.head_bias), self.cap)
 
     def read(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Logits (rows, vocabulary) after new tokens (rows, n), and the key-value cache grown by them; None begins."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with working_products():
             arguments = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
             out = functional_call(self.body, self.frozen, kwargs=arguments)
         return self.head(out.last_hidden_state[:, -1]).float(), out.past_key_values

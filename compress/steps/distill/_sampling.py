@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
+from compress.numerics.products import working_products
 from compress.steps.distill._network import Network
 
 
@@ -41,7 +42,7 @@ def write(
     written: list[list[int]] = [[] for _ in prompts]
     alive = torch.arange(len(prompts))
     # One block for all tokens: autocast converts the weights that learn once, not at every token.
-    with torch.autocast("cpu", torch.bfloat16):
+    with working_products():
         logits, cache = network.read(rows, None)
         for left in range(new_tokens - 1, -1, -1):
             tokens = choose(logits, temperature, generator)

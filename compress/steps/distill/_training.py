@@ -13,6 +13,7 @@ from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.numerics.adam import LeanAdam
 from compress.numerics.distillation import divergence_through_heads, warm_cosine
+from compress.numerics.products import working_type
 from compress.steps.distill import _parallel as parallel
 from compress.steps.distill._checkpoints import CHECKPOINT, Course, Journal, read, restore
 from compress.steps.distill._fields import Distillation
@@ -161,8 +162,8 @@ class Ruler:
     def __init__(self, name: str, teacher: Network, windows: Sequence[Tensor]):
         self.name, self.windows, self.teacher = name, parallel.share(windows), teacher
         self.tokens = sum(map(len, windows))
-        with torch.no_grad():  # the head rounds its input to bfloat16 anyway
-            self.targets = [teacher.hidden(window).bfloat16() for window in self.windows]
+        with torch.no_grad():  # the head rounds its input to the working type anyway
+            self.targets = [teacher.hidden(window).to(working_type()) for window in self.windows]
 
     def divergence(self, student: Network) -> float:
         """Nats per token; raises NumericalError if it is not finite."""

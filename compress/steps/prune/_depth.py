@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
+from compress.numerics.products import working_products
 from compress.steps.prune._stream import Stream
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def block_influence(
         for i, block in enumerate(blocks)
     ]
     try:
-        # bfloat16 products are safe inside a block; the residual stream stays float32.
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.inference_mode(), working_products():
             for start in range(0, len(windows), batch):
                 progress("block influence", start / len(windows))
                 model.module.base_model(input_ids=torch.stack(list(windows[start : start + batch])), use_cache=False)

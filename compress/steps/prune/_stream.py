@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from compress.blocks import enter
 from compress.numerics.divergence import divergence
+from compress.numerics.products import working_products
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Stream:
     """The hidden states (1, length, width) of one window (length,) int64 of a model.
 
-    Products run in bfloat16, which is safe inside a block; the residual stream stays float32.
+    Products are of the working type, which is safe inside a block; the residual stream stays float32.
     """
 
     def __init__(self, model: Model, window: Tensor):
@@ -38,13 +38,13 @@ class Stream:
     def through(self, blocks: Iterable[nn.Module], states: Tensor) -> Tensor:
         """What leaves the last of the blocks."""
         for block in blocks:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with working_products():
                 states = self._arguments[block].call(block, states)
         return states
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits (length, vocabulary) float32 of the states that leave the last block."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with working_products():
             logits: Tensor = self._head(self._norm(states))[0].float()
         return logits
 

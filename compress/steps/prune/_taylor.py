@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import NumericalError
+from compress.numerics.products import working_products
 
 if TYPE_CHECKING:
     from compress.interfaces import Progress
@@ -21,7 +22,7 @@ def taylor_scores(
     """Σ_t |Σ_c x_tc ∂L/∂x_tc| per block, (m / size,) float32: c runs over `size` neighbouring input channels.
 
     linear: its name within a block. L: cross-entropy of the next token, summed over the tokens t of the windows,
-    (length,) int64 each. Matrix products and their gradients are bfloat16, and no weight gets a gradient.
+    (length,) int64 each. Matrix products and their gradients are of the working type, and no weight gets a gradient.
     Raises NumericalError naming the linear where a score is not finite.
     Molchanov et al. 2017, arXiv:1611.06440, eq. 8; the absolute value is taken per token, not per window.
     """
@@ -58,7 +59,7 @@ def taylor_scores(
 
 def _loss(model: Model, window: Tensor) -> Tensor:
     """Cross-entropy of the next token, summed over one window, in nats."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with working_products():
         states = model.module.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0]
         logits = model.head(states)
     return nn.functional.cross_entropy(logits[:-1].float(), window[1:], reduction="sum")

@@ -80,13 +80,14 @@ class Gptq(WeightQuantization):
         import torch
 
         from compress.numerics.hessian import Hessian
+        from compress.numerics.products import working_type
 
         norm, search = model.module.get_submodule(model.facts.architecture.final_norm), self.range == "mse"
         W = model.parameter(tensor).detach()
         hessian = Hessian(W.shape[1])
         with torch.inference_mode():
             for states in left:
-                hessian.add(norm(states).flatten(0, -2).bfloat16())
+                hessian.add(norm(states).flatten(0, -2).to(working_type()))
         H = hessian.matrix
         if model.facts.tied:
             H.diagonal().add_(READ_AS_IT_IS * float(H.diagonal().mean()))
@@ -253,9 +254,9 @@ class _Grids:
 
 
 def _drift(originals: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """(X₀ − X)Xᵀ over batches of (tokens, m) bfloat16: (m, m) float32.
+    """(X₀ − X)Xᵀ over batches of (tokens, m) in one type: (m, m) float32.
 
-    Its products are rounded to bfloat16, which a correction bears and a Hessian does not.
+    Products of bfloat16 are rounded to it, which a correction bears and a Hessian does not.
     """
     parts = ((X0 - X).T @ X for X0, X in zip(originals, inputs, strict=True))
     total = next(parts).float()

@@ -102,6 +102,8 @@ def scaled(
     finally:
         for layer in layers:
             del layer.forward  # the class's own again
+        for name, weight in weights.items():  # which may be the model's own
+            weight.copy_(coded[name].decode())
 
 
 def _forward(layer: Any, theta: Tensor) -> Callable[[Tensor], Tensor]:
