@@ -92,7 +92,7 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         stored |= entry.step.encodings(now)
         now = entry.step.facts_after(now)
     release = _powers(recipe.release, 1, datasets)
-    warnings += _memory_warning(recipe, facts)
+    warnings += [*_memory_warning(recipe, facts), *_dtype_warning(recipe)]
     held: list[dict[str, Any]] = []
     if recipe.data.holdout is not None:  # its first use; each further one proves less
         held = _powers(holdout.checks(recipe)[0], holdout.attempts(1), evaluation(parts, "holdout"))
@@ -200,6 +200,13 @@ def _memory_warning(recipe: Recipe, facts: Facts) -> Iterator[str]:
     if needed > available:
         less = "" if recipe.streaming else "; `streaming: true` keeps one block of the model in memory"
         yield f"up to {needed / 1e9:.1f} GB of memory are needed, and {available / 1e9:.1f} GB are available{less}"
+
+
+def _dtype_warning(recipe: Recipe) -> Iterator[str]:
+    """Where gates are to multiply in a type that this processor has not."""
+    features = machine.processor().split()
+    if recipe.dtype == "bfloat16" and "avx2" in features and not any("bf16" in name for name in features):
+        yield "dtype: this processor multiplies no bfloat16, which takes some eight times as long as float32"
 
 
 def _powers(gate: Sequence[Evaluator], attempts: int, datasets: Sequence[Documents]) -> list[dict[str, Any]]:

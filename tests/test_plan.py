@@ -414,3 +414,13 @@ def test_the_plan_reads_no_weights_and_needs_no_torch() -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "dtype,features,warned",
+    [("bfloat16", "avx2", True), ("bfloat16", "avx2 avx512_bf16", False), ("float32", "avx2", False)],
+)
+def test_a_type_that_the_processor_has_not_is_warned_of(dtype, features, warned, monkeypatch):
+    monkeypatch.setattr(plan.machine, "processor", lambda: f"some name {features}")
+    found = described("  - quantize.rtn: {}\n", head=HEAD + f"dtype: {dtype}\n")["warnings"]
+    assert ["dtype: this processor multiplies no bfloat16" in w for w in found].count(True) == warned

@@ -104,8 +104,9 @@ class WeightDistillation(Distillation):
     train: `norms` (the gains of the residual stream), `lora` (adapters of rank `lora_rank` on the blocks' linears,
     merged afterwards), `blocks` (every weight but those of the embeddings and the head, whose rare tokens a few steps
     would only shake) or `all`. learning_rate: the peak, by default chosen for `train`. The best of the states measured
-    is kept, the starting one included. Masked weights stay zero. Matrix products run in bfloat16, losses and updates in
-    float32 (Adam, linear warm-up over a tenth of the steps, cosine decay, gradients clipped to `clip`).
+    is kept, the starting one included. Masked weights stay zero. Matrix products run in bfloat16, or in float32 where
+    the processor multiplies no bfloat16, losses and updates in float32 (Adam, linear warm-up over a tenth of the steps,
+    cosine decay, gradients clipped to `clip`).
     """
 
     train: Literal["all", "blocks", "norms", "lora"] = "norms"
