@@ -15,6 +15,7 @@ from compress.exporting import weights_exact
 from compress.families import ARCHITECTURES
 from compress.interfaces import Context, Exporter
 from compress.model import Model
+from compress.numerics.products import working_products, working_type
 from compress.plugin import exporter, step
 from compress.recipe import load
 from compress.steps.quantize._fields import round_to_nearest
@@ -78,7 +79,7 @@ def test_logits_are_those_of_transformers(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_walking_the_blocks_is_the_forward_pass(kind: str) -> None:
     model, calibration = tiny_of(kind), windows(3, 0)
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.inference_mode(), working_products():
         (expected, last) = (
             model.module.base_model(input_ids=torch.stack(part), use_cache=False).last_hidden_state
             for part in (calibration[:2], calibration[2:])
@@ -86,7 +87,7 @@ def test_walking_the_blocks_is_the_forward_pass(kind: str) -> None:
     norm = model.module.get_submodule(model.facts.architecture.final_norm)
     for block in walk(model, calibration, windows_per_batch=2):
         plain: dict[str, list[torch.Tensor]] = {}
-        block.observe(lambda names, X, to=plain: to.setdefault(names[0], []).append(X.bfloat16()))
+        block.observe(lambda names, X, to=plain: to.setdefault(names[0], []).append(X.to(working_type())))
         in_turn = {names[0]: torch.cat(inputs) for names, inputs in block.stages_in_turn()}
         assert list(in_turn) == list(plain) and len(plain) == 4
         for name, X in in_turn.items():
