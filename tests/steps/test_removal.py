@@ -11,7 +11,7 @@ from compress.numerics.divergence import divergence
 from compress.numerics.products import working_products
 from compress.plugin import step
 from compress.steps.prune._depth import by_divergence
-from compress.steps.prune._removal import moments
+from compress.steps.prune._removal import moments, random_windows
 from compress.steps.prune._taylor import taylor_scores
 from tests.steps.test_structure import WINDOW, check_shapes, logits, reshaped, tiny_copy, windows
 from tests.tiny import tiny_model
@@ -59,6 +59,36 @@ def test_a_token_counts_by_the_size_of_the_stream_it_is_added_to(reader):
             lacking += torch.outer(z - y, x) / z.square().mean()
     for found, expected in ((H, plain), (G, shifted), (missing, lacking)):
         assert (found.double() - expected).norm() < 1e-6 * expected.norm()  # sums of float32
+
+
+def test_random_windows_follow_the_seed_and_hold_every_plain_token():
+    model = tiny_model()
+    model.tokenizer.add_special_tokens({"bos_token": model.tokenizer.convert_ids_to_tokens(7)})
+    (*first, _), again, other = (random_windows(model, windows(40), 0.1, seed) for seed in (3, 3, 4))
+    assert len(again) == 4 and all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(again[0], other[0]) and {len(w) for w in again} == {len(windows()[0])}
+    many = torch.cat(random_windows(model, windows(200), 1.0, 0))
+    assert set(range(model.facts.vocabulary)) - set(many.tolist()) == {*model.tokenizer.all_special_ids} >= {7}
+    assert random_windows(model, windows(40), 0.0, 0) == []
+
+
+@pytest.mark.parametrize("share,stays", [(0.0, False), (0.5, True)])
+def test_a_channel_for_tokens_that_the_calibration_lacks_stays_for_random_ones(share, stays):
+    """One residual channel tells tokens from 128 on, one MLP channel reads it alone; calibration has none of them."""
+    model = tiny_model()
+    embedding, block = model.parameter("model.embed_tokens.weight").data, model.module.model.layers[0]
+    embedding[:, 0] = torch.arange(256).ge(128) * 3.0
+    block.self_attn.o_proj.weight.data.zero_()
+    for linear in (block.mlp.gate_proj, block.mlp.up_proj):
+        linear.weight.data[:, 0] = 0.0
+        linear.weight.data[5] = torch.eye(32)[0] * 2.0
+    block.mlp.down_proj.weight.data[:, 5] *= 4.0
+    model.touch()
+    calibration = [window % 128 for window in windows()]
+    pruned = step("prune.neurons")(fraction=0.25, round_to=16, random_tokens=share)
+    pruned.apply(model, Context(seed=0, calibration=calibration))
+    found = (block.mlp.gate_proj.weight == torch.eye(32)[0] * 2.0).all(dim=1)
+    assert bool(found.any()) == stays
 
 
 # --- heads ------------------------------------------------------------------------------------------------

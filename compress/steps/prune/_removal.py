@@ -34,6 +34,8 @@ class Removal(Step):
     come nearest to its own old output on the present inputs (`output`), or to what brings the residual stream back
     to that of the model before this step (`stream`), which also makes up for what earlier blocks have lost.
     ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
+    random_tokens: windows of tokens drawn evenly from the vocabulary join the calibration, so many per token of it, so
+    that channels count which answer to what its texts lack. `taylor` judges by the calibration alone.
     """
 
     reshapes: ClassVar[bool] = True
@@ -42,6 +44,7 @@ class Removal(Step):
     criterion: Criterion = "activation"
     update: Update = "output"
     ridge: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
+    random_tokens: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
 
     def check_update(self, facts: Facts) -> None:
         """Refuse the update that a norm behind the reading linear makes meaningless."""
@@ -83,14 +86,26 @@ def refit(step: str, tensor: str, W: Tensor, sums: tuple[Tensor, Tensor | None],
         raise NumericalError(f"{tensor}: {error}") from None
 
 
-def beside(model: Model, context: Context, update: Update) -> Iterator[tuple[Block, Block | None]]:
+def random_windows(model: Model, windows: Sequence[Tensor], share: float, seed: int) -> list[Tensor]:
+    """Windows (length,) int64 of tokens that are not special, drawn evenly: `share` times as many as `windows`."""
+    import torch
+
+    special = set(model.tokenizer.all_special_ids)
+    plain = torch.tensor([i for i in range(min(len(model.tokenizer), model.facts.vocabulary)) if i not in special])
+    generator = torch.Generator().manual_seed(seed)
+    shape = round(share * len(windows)), len(windows[0])
+    return list(plain[torch.randint(len(plain), shape, generator=generator)])
+
+
+def beside(model: Model, context: Context, step: Removal) -> Iterator[tuple[Block, Block | None]]:
     """The blocks in order, each with the same block of the model as it is now where `stream` needs its states."""
     from compress.blocks import walk
     from compress.steps.prune._structure import twin_of
 
-    blocks = walk(model, context.calibration, context.progress)
-    if update == "stream":
-        yield from zip(blocks, walk(twin_of(model), context.calibration), strict=True)
+    windows = [*context.calibration, *random_windows(model, context.calibration, step.random_tokens, context.seed)]
+    blocks = walk(model, windows, context.progress)
+    if step.update == "stream":
+        yield from zip(blocks, walk(twin_of(model), windows), strict=True)
     else:
         yield from ((block, None) for block in blocks)
 

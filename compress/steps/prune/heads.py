@@ -84,7 +84,7 @@ class Heads(Removal):
         part: Any
         config = model.module.config
         smaller = _with_heads(copy.deepcopy(config), before, after)
-        for block, twin in beside(model, context, self.update):
+        for block, twin in beside(model, context, self):
             self._cut(before, after, block, twin, reader, taylor[block.index])
             for part in block.module.modules():
                 if hasattr(part, "config"):  # some read their counts there, while later blocks still have them all

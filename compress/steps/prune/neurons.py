@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 class Neurons(Removal):
     """Remove, in every block alike, at most the `fraction` of the MLP's inner channels that add least.
 
-    The output projection (down_proj) reads the channels: `criterion`, `update` and `ridge` speak of it. Blocks are
+    The output projection (down_proj) reads the channels: `criterion`, `update`, `ridge` and `random_tokens` speak of it. Blocks are
     narrowed in order, each fed by the narrowed ones before it. They stay equally wide, since a transformers config and
     onnxruntime-genai hold one width for all.
     round_to: the width left is a multiple of it, rounded up, as group sizes and kernels need.
     """
 
     name: ClassVar[str] = "prune.neurons"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     ridge: float = Field(0.1, gt=0, lt=1, allow_inf_nan=False)
+    random_tokens: float = Field(0.125, ge=0, le=1, allow_inf_nan=False)
     fraction: float = Field(ge=0, lt=1, allow_inf_nan=False)
     round_to: int = Field(32, ge=1)
 
@@ -61,7 +62,7 @@ class Neurons(Removal):
         refuse_unready(model, context, self.name)
         reader = reader_of(model.facts.architecture, "mlp")
         taylor = self.taylor(model, context, reader)
-        for block, twin in beside(model, context, self.update):
+        for block, twin in beside(model, context, self):
             self._narrow(model, block, twin, reader, width, taylor[block.index])
         setattr(model.module.config, model.facts.architecture.keys["mlp"], width)
         model.reshaped()
