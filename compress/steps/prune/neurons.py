@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Neurons(Removal):
     """Remove, in every block alike, at most the `fraction` of the MLP's inner channels that add least.
 
-    The output projection (down_proj) reads the channels: `criterion`, `update`, `ridge` and `random_tokens` speak of it.
+    The output projection (down_proj) reads the channels: `criterion`, `update`, `ridge`, `random_tokens` speak of it.
     Blocks are narrowed in order, each fed by the narrowed ones before it. They stay equally wide, since a transformers
     config and onnxruntime-genai hold one width for all.
     round_to: the width left is a multiple of it, rounded up, as group sizes and kernels need.
