@@ -204,8 +204,11 @@ def _memory_warning(recipe: Recipe, facts: Facts) -> Iterator[str]:
 
 def _dtype_warning(recipe: Recipe) -> Iterator[str]:
     """Where gates are to multiply in a type that this processor has not."""
-    features = machine.processor().split()
-    if recipe.dtype == "bfloat16" and "avx2" in features and not any("bf16" in name for name in features):
+    if recipe.dtype != "bfloat16":
+        return
+    from compress.numerics.products import multiplies_bfloat16
+
+    if not multiplies_bfloat16():
         yield "dtype: this processor multiplies no bfloat16, which takes some eight times as long as float32"
 
 

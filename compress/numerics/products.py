@@ -20,9 +20,14 @@ import torch
 NATIVE = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last is ARM's
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16."""
+    return any(torch.cpu.get_capabilities().get(name) for name in NATIVE)
+
+
 def working_type() -> torch.dtype:
     """The type of products that no gate measures: bfloat16 where the processor multiplies it itself, else float32."""
-    return torch.bfloat16 if any(torch.cpu.get_capabilities().get(name) for name in NATIVE) else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def working_products() -> torch.autocast:
@@ -30,7 +35,7 @@ def working_products() -> torch.autocast:
 
     Safe inside a block and for a head, as long as the residual stream between blocks is float32.
     """
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=working_type() == torch.bfloat16)
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bfloat16())
 
 
 @cache
