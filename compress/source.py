@@ -160,10 +160,10 @@ def gguf_fields(path: Path) -> Mapping[str, Any]:
 
 @cache  # asked for by facts, config and loader alike
 def _gguf_fields(path: Path, stamp: tuple[int, ...]) -> Mapping[str, Any]:
-    from compress.gguf_header import Header
+    from compress.gguf_header import Reader
 
     try:
-        reader = Header(path)
+        reader = Reader(path)
         wanted = {k: f for k, f in reader.fields.items() if not k.startswith("tokenizer.ggml.") or len(f.data) == 1}
         return {key: field.contents() for key, field in wanted.items()} | {
             "tensor_types": {t.name: t.tensor_type.name for t in reader.tensors}
@@ -199,9 +199,9 @@ def _gguf_config(path: Path) -> dict[str, Any]:
 
 
 def _gguf_vocabulary(path: Path) -> int:
-    from gguf import GGUFReader
+    from compress.gguf_header import Reader
 
-    return len(GGUFReader(path).fields["tokenizer.ggml.tokens"].data)
+    return len(Reader(path).fields["tokenizer.ggml.tokens"].data)
 
 
 def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
@@ -338,13 +338,14 @@ def _load_gguf(source: Source, dtype: str) -> Model:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from compress.gguf_header import quickly
     from compress.model import Model
     from compress.permutation import permute_channels
 
     path = source.path
     assert path is not None
     fields = gguf_fields(path)
-    with contextlib.redirect_stderr(io.StringIO()):  # tqdm bars of the conversion
+    with contextlib.redirect_stderr(io.StringIO()), quickly():  # stderr: tqdm bars of the conversion
         module, found = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,

@@ -56,12 +56,12 @@ def find(path: Path) -> Path:
 
 
 def read(path: Path) -> Any:
-    """The file's header, long arrays aside, and tensors (mapped, not loaded); raises RecipeError or Corrupt."""
-    from compress.gguf_header import Header
+    """The file's fields and tensors (mapped, not loaded); raises RecipeError or Corrupt."""
+    from compress.gguf_header import Reader
 
     file = find(path)
     try:
-        return Header(file)
+        return Reader(file)
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
         raise Corrupt(f"{file}: not a readable GGUF file ({error}); export it again") from error
 

@@ -1,17 +1,19 @@
-"""The short way through a GGUF header finds what gguf-py finds, and refuses what ends early."""
+"""The quick way through a GGUF file finds what gguf-py finds, and refuses what ends early."""
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
 
+import gguf
 import pytest
 from gguf import GGUFReader, GGUFValueType
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from compress import source
 from compress.encodings import Encoding
 from compress.errors import Corrupt
-from compress.gguf_header import LONG, Header
+from compress.gguf_header import LONG, Reader, quickly
 from export._llama_cpp import find
 from export.gguf import Gguf
 from tests.tiny_gguf import encoded, tiny
@@ -29,16 +31,36 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return find(folder)
 
 
-def test_fields_and_tensors_are_those_of_gguf_py_but_for_long_arrays(file: Path) -> None:
-    short, whole = Header(file), GGUFReader(file)
+def test_fields_and_tensors_are_those_of_gguf_py(file: Path) -> None:
+    quick, theirs = Reader(file), GGUFReader(file)
     lists = {f"tokenizer.ggml.{name}" for name in LISTS}
-    assert list(short.fields) == list(whole.fields) and short.data_offset == whole.data_offset
-    assert {name for name, field in whole.fields.items() if len(field.data) >= LONG} == lists
-    for name, field in whole.fields.items():
-        assert short.fields[name].types == field.types
-        assert short.fields[name].contents() == ([] if name in lists else field.contents())
-    assert short.fields["general.languages"].contents() == ["en", "de"]
-    assert [(t.name, t.data.tobytes()) for t in short.tensors] == [(t.name, t.data.tobytes()) for t in whole.tensors]
+    assert list(quick.fields) == list(theirs.fields) and quick.data_offset == theirs.data_offset
+    assert {name for name, field in theirs.fields.items() if len(field.data) >= LONG} == lists
+    for name, field in theirs.fields.items():
+        assert quick.fields[name].types == field.types
+        assert quick.fields[name].contents() == field.contents()
+    assert quick.fields["general.languages"].contents() == ["en", "de"]
+    assert [(t.name, t.data.tobytes()) for t in quick.tensors] == [(t.name, t.data.tobytes()) for t in theirs.tensors]
+
+
+def test_transformers_reads_the_same_by_either(file: Path) -> None:
+    def parsed() -> dict[str, object]:
+        found = load_gguf_checkpoint(file)
+        return {part: found[part] for part in ("config", "tokenizer", "tokenizer_config")}
+
+    theirs, before = parsed(), (gguf.GGUFReader, gguf.get_tensor_name_map)
+    with quickly():
+        assert gguf.GGUFReader is Reader and parsed() == theirs
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is names and names.mapping == _names().mapping
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+    with pytest.raises(Corrupt), quickly():
+        raise Corrupt("a file")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
+def _names() -> gguf.TensorNameMap:
+    return gguf.TensorNameMap(gguf.MODEL_ARCH.LLAMA, 2)
 
 
 @pytest.mark.parametrize("name", LISTS)
