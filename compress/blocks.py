@@ -102,13 +102,14 @@ class Block:
                 hook.remove()
         return left
 
-    def stages_in_turn(self) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
+    def stages_in_turn(self, last: bool = False) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
         """Each group of linears with its inputs, fed by the linears before it as the caller has changed them.
 
         Yields (names, inputs), the inputs being one (tokens, in_features) tensor of the working type per batch: what
         the products see. The block is computed only once in all: a submodule that ends in a linear whose turn has come
         (attention, MLP) runs no more, its last product aside, nor does a norm whose output is known, which the caller
-        must leave as it is; `advance` is part of that.
+        must leave as it is; `advance` is part of that. last: nothing but `advance` follows, so that the states that
+        enter give way to those that leave.
         """
         architecture = self._architecture
         read = {norm: readers for norm, readers in architecture.folds if norm in architecture.block_norms}
@@ -134,7 +135,9 @@ class Block:
                             settled.append(self.module.get_submodule(norm))
                             settled[-1].forward = _unchanged
                 del inputs
-            self._left = [self._run(i) for i in range(len(self._states))]
+            self._left = self._states if last else list(self._states)
+            for batch in range(len(self._states)):
+                self._left[batch] = self._run(batch)
         finally:
             for module in set(settled):
                 del module.forward  # the class's own again

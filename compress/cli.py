@@ -64,6 +64,8 @@ def apply(
         from compress import run
 
         loaded = recipes.load(recipes.find(recipe), set_ or [])
+        if loaded.streaming:
+            keep_freed_memory(False)
         record, folder = run.apply(loaded, run_dir, reporter=told)
     found = json.loads(record.to_json())
     if as_json:

@@ -8,18 +8,21 @@ import sys
 from pathlib import Path
 
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # mallopt(3)
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # mallopt(3)
+_KEEP = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
+_RETURN = ((_MMAP_MAX, 2**16), (_TRIM_THRESHOLD, 2**17), (_TOP_PAD, 2**17), (_MMAP_THRESHOLD, 2**22))
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Let the memory of a tensor that is gone serve the next one, in this process, where the C library is glibc.
 
     It would give every piece of over 32 MB back to the kernel, which zeroes it page by page for the next tensor of that
-    size: for logits over a vocabulary of 49,152 that takes a third of the time. A policy for programs, which
-    libraries should leave to them.
+    size: for logits over a vocabulary of 49,152 that takes a third of the time. `keep=False` gives back every piece of
+    over 4 MB at once: what is freed between other pieces would stay with the process, a seventh of its peak where blocks
+    come and go. A policy for programs, which libraries should leave to them.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
+        for parameter, value in _KEEP if keep else _RETURN:
             mallopt(parameter, value)
 
 

@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--row", help=argparse.SUPPRESS)  # one chain, in this process
     parser.add_argument("--saved", help=argparse.SUPPRESS)  # the folder that it streams the model from
     options = parser.parse_args()
-    keep_freed_memory()
+    keep_freed_memory(not options.streaming)
     if options.row:
         print(json.dumps(measured(json.loads(options.row), options)))
         return

@@ -1,5 +1,7 @@
 """Walking a decoder block by block: what its linears see, and what leaves it."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -27,6 +29,17 @@ def test_untouched_stages_see_what_one_plain_pass_shows():
         assert list(found) == list(expected)
         assert all(torch.equal(found[name], expected[name]) for name in found)
         assert all(torch.equal(a, b) for a, b in zip(left, block.advance(), strict=True))
+
+
+def test_states_that_enter_give_way_when_nothing_else_follows():
+    kept, freed = (next(walk(tiny_model(), WINDOWS, windows_per_batch=2)) for _ in range(2))
+    entered = [weakref.ref(states) for states in freed._states]
+    for _ in kept.stages_in_turn():
+        pass
+    for _ in freed.stages_in_turn(last=True):
+        assert all(states() is not None for states in entered)
+    assert all(states() is None for states in entered)
+    assert all(torch.equal(a, b) for a, b in zip(kept.advance(), freed.advance(), strict=True))
 
 
 @pytest.mark.parametrize("changed", range(4))

@@ -59,21 +59,30 @@ class Gptq(WeightQuantization):
 
     def apply(self, model: Model, context: Context) -> None:
         """Quantize every selected linear of each block, then the embeddings."""
-        from compress.blocks import walk
-
         chosen = self.encodings(model.facts)
         refuse_encoded(model, chosen)
         search = self.range == "mse"
+        head = _head(model)
+        solved = head is not None and head in chosen and chosen[head].is_coded and chosen[head].bits < 8
+        left = self._quantize_blocks(model, chosen, context)
+        if not solved:
+            left.clear()
+        for name in sorted(chosen.keys() - {f"{linear}.weight" for linear in model.facts.linears}):
+            context.progress(f"rounding {name}", 1.0)
+            if solved and name == head:
+                self._quantize_head(model, name, chosen[name], left)
+            else:
+                model.store(name, round_to_nearest(name, model.parameter(name).detach(), chosen[name], search))
+
+    def _quantize_blocks(self, model: Model, chosen: Mapping[str, Encoding], context: Context) -> list[Tensor]:
+        """Quantize the linears; what leaves the last block, per batch."""
+        from compress.blocks import walk
+
         left: list[Tensor] = []
         for block in walk(model, context.calibration, context.progress, originals=self.error_propagation > 0):
             self._quantize_block(model, block, chosen, context)
             left = block.advance()
-        for name in sorted(chosen.keys() - {f"{linear}.weight" for linear in model.facts.linears}):
-            context.progress(f"rounding {name}", 1.0)
-            if name == _head(model) and chosen[name].is_coded and chosen[name].bits < 8:
-                self._quantize_head(model, name, chosen[name], left)
-            else:
-                model.store(name, round_to_nearest(name, model.parameter(name).detach(), chosen[name], search))
+        return left
 
     def _quantize_head(self, model: Model, tensor: str, encoding: Encoding, left: Sequence[Tensor]) -> None:
         """Solve the output head, some rows at a time. left: what leaves the last block, per batch."""
@@ -103,7 +112,7 @@ class Gptq(WeightQuantization):
     def _quantize_block(self, model: Model, block: Block, chosen: Mapping[str, Encoding], context: Context) -> None:
         from compress.numerics.hessian import Hessian
 
-        for names, inputs in block.stages_in_turn():
+        for names, inputs in block.stages_in_turn(last=True):
             hessian = Hessian(block.linears[names[0]].in_features)
             for X in inputs:
                 hessian.add(X)
