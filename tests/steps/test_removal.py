@@ -11,7 +11,7 @@ from compress.numerics.divergence import divergence
 from compress.numerics.products import working_products
 from compress.plugin import step
 from compress.steps.prune._depth import by_divergence
-from compress.steps.prune._removal import moments, random_windows
+from compress.steps.prune._removal import SHIFT, moments, random_windows
 from compress.steps.prune._taylor import taylor_scores
 from tests.steps.test_structure import WINDOW, check_shapes, logits, reshaped, tiny_copy, windows
 from tests.tiny import tiny_model
@@ -70,6 +70,15 @@ def test_random_windows_follow_the_seed_and_hold_every_plain_token():
     many = torch.cat(random_windows(model, windows(200), 1.0, 0))
     assert set(range(model.facts.vocabulary)) - set(many.tolist()) == {*model.tokenizer.all_special_ids} >= {7}
     assert random_windows(model, windows(40), 0.0, 0) == []
+
+
+def test_random_tokens_are_drawn_by_zipfs_law():
+    model, law = tiny_model(), 1 / (torch.arange(256.0) + SHIFT)
+    drawn = torch.cat(random_windows(model, windows(2000), 1.0, 0))
+    found = torch.bincount(drawn, minlength=256).view(8, 32).sum(dim=1) / len(drawn)
+    expected = law.view(8, 32).sum(dim=1) / law.sum()
+    assert (found - expected).abs().max() < 4 * (expected.max() / len(drawn)) ** 0.5 < 0.01
+    assert expected[0] > 2 * expected[-1]
 
 
 @pytest.mark.parametrize("share,stays", [(0.0, False), (0.5, True)])

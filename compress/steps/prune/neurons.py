@@ -29,7 +29,7 @@ class Neurons(Removal):
     """
 
     name: ClassVar[str] = "prune.neurons"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     ridge: float = Field(0.1, gt=0, lt=1, allow_inf_nan=False)
     random_tokens: float = Field(0.125, ge=0, le=1, allow_inf_nan=False)
