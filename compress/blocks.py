@@ -135,9 +135,10 @@ class Block:
                             settled.append(self.module.get_submodule(norm))
                             settled[-1].forward = _unchanged
                 del inputs
-            self._left = self._states if last else list(self._states)
-            for batch in range(len(self._states)):
-                self._left[batch] = self._run(batch)
+            left = self._states if last else list(self._states)
+            for batch in range(len(left)):
+                left[batch] = self._run(batch)
+            self._left = left
         finally:
             for module in set(settled):
                 del module.forward  # the class's own again
@@ -252,7 +253,7 @@ def walk(
     assert isinstance(blocks, nn.ModuleList)
     stacked = torch.stack(list(windows))
     states, arguments = enter(model, list(torch.split(stacked, windows_per_batch)))
-    untouched = list(states)
+    untouched = list(states) if originals else []
     for index, module in enumerate(blocks):
         progress(f"block {index + 1}/{len(blocks)}", index / len(blocks))
         block = Block(index, module, model, states, arguments[index])

@@ -1,4 +1,4 @@
-"""GGUF files without several objects for each token, merge and score, which take seconds for a large vocabulary."""
+"""Reads GGUF files without several objects for each token and merge, which take seconds for a large vocabulary."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import numpy as np
 from gguf import GGUFReader, GGUFValueType
 
 LONG = 256  # items; what is about layers, languages or tags has fewer
+MOST = 2**22  # items; the largest vocabularies have a sixteenth of it
 
 
-class Reader(GGUFReader):  # type: ignore[misc]
-    """gguf-py's reader, in which a long array is read in one go: its parts are its items alone.
+class Header(GGUFReader):  # type: ignore[misc]
+    """gguf-py's reader, in which a field that holds a long array has its types, and no data.
 
-    Raises what gguf-py raises for files that are none: ValueError, IndexError, KeyError, OverflowError, OSError.
+    Raises what gguf-py raises for files that are none: ValueError, IndexError, KeyError, OverflowError, OSError,
+    RecursionError.
     """
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
@@ -26,37 +28,51 @@ class Reader(GGUFReader):  # type: ignore[misc]
             return super()._get_field_parts(orig_offs, raw_type)
         kind = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
         count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
+        if count > MOST:
+            raise ValueError(f"an array of {count} items, of which {MOST} are too many")
         if count < LONG or not (kind == GGUFValueType.STRING or kind in self.gguf_scalar_to_np):
             return super()._get_field_parts(orig_offs, raw_type)
-        items: list[Any]
         if kind == GGUFValueType.STRING:
-            items, end = _strings(memoryview(self.data), start, count)
+            end = _behind_strings(memoryview(self.data), start, count)
         else:
-            dtype = np.dtype(self.gguf_scalar_to_np[kind])
-            end = start + count * dtype.itemsize
-            _require(end <= len(self.data), count)
-            items = list(np.asarray(self.data[start:end]).view(dtype).reshape(count, 1))
-        return end - orig_offs, items, list(range(count)), [GGUFValueType.ARRAY, kind]
+            end = start + count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+        if end > len(self.data):
+            raise ValueError(f"an array of {count} items ends beyond the file")
+        items = self._items(kind, start, end, count)
+        return end - orig_offs, items, list(range(len(items))), [GGUFValueType.ARRAY, kind]
+
+    def _items(self, kind: GGUFValueType, start: int, end: int, count: int) -> list[Any]:
+        """What a field keeps of a long array that lies in the file."""
+        return []
 
 
-def _strings(data: memoryview, position: int, count: int) -> tuple[list[memoryview], int]:
-    """`count` strings, each led by its length in eight bytes, and where they end; ValueError where that is no place."""
+class Reader(Header):
+    """The same with the items of long arrays, as slices of the file: a field's parts are its items alone."""
+
+    def _items(self, kind: GGUFValueType, start: int, end: int, count: int) -> list[Any]:
+        if kind == GGUFValueType.STRING:
+            return list(_strings(memoryview(self.data), start, count))
+        return list(np.asarray(self.data[start:end]).view(self.gguf_scalar_to_np[kind]).reshape(count, 1))
+
+
+def _behind_strings(data: memoryview, position: int, count: int) -> int:
+    """Where `count` strings end, each led by its length in eight bytes; raises ValueError where that is no place."""
     length = struct.Struct("<Q").unpack_from
-    found = []
     try:
         for _ in range(count):
-            start = position + 8
-            position = start + length(data, position)[0]
-            found.append(data[start:position])
-    except (struct.error, OverflowError, IndexError) as error:
-        raise ValueError(f"an array of {count} items ends beyond the file") from error
-    _require(position <= len(data), count)
-    return found, position
+            position += 8 + length(data, position)[0]
+    except (struct.error, OverflowError) as error:
+        raise ValueError(f"an array of {count} texts ends beyond the file") from error
+    return position
 
 
-def _require(inside: bool, count: int) -> None:
-    if not inside:
-        raise ValueError(f"an array of {count} items ends beyond the file")
+def _strings(data: memoryview, position: int, count: int) -> Iterator[memoryview]:
+    """The texts of `count` strings that lie in the file."""
+    length = struct.Struct("<Q").unpack_from
+    for _ in range(count):
+        start = position + 8
+        position = start + length(data, position)[0]
+        yield data[start:position]
 
 
 @contextlib.contextmanager

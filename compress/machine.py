@@ -18,8 +18,8 @@ def keep_freed_memory(keep: bool = True) -> None:
 
     It would give every piece of over 32 MB back to the kernel, which zeroes it page by page for the next tensor of that
     size: for logits over a vocabulary of 49,152 that takes a third of the time. `keep=False` gives back every piece of
-    over 4 MB at once: what is freed between other pieces would stay with the process, a seventh of its peak where blocks
-    come and go. A policy for programs, which libraries should leave to them.
+    over 4 MB that is made from then on: where blocks come and go, much of what is freed lies between other pieces and
+    would stay with the process. A policy for programs, which libraries should leave to them.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         for parameter, value in _KEEP if keep else _RETURN:

@@ -160,15 +160,15 @@ def gguf_fields(path: Path) -> Mapping[str, Any]:
 
 @cache  # asked for by facts, config and loader alike
 def _gguf_fields(path: Path, stamp: tuple[int, ...]) -> Mapping[str, Any]:
-    from compress.gguf_header import Reader
+    from compress.gguf_header import Header
 
     try:
-        reader = Reader(path)
+        reader = Header(path)
         wanted = {k: f for k, f in reader.fields.items() if not k.startswith("tokenizer.ggml.") or len(f.data) == 1}
         return {key: field.contents() for key, field in wanted.items()} | {
             "tensor_types": {t.name: t.tensor_type.name for t in reader.tensors}
         }
-    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, RecursionError) as error:
         raise Corrupt(f"{path}: not a readable GGUF file ({error})") from None
 
 

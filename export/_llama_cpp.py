@@ -56,13 +56,13 @@ def find(path: Path) -> Path:
 
 
 def read(path: Path) -> Any:
-    """The file's fields and tensors (mapped, not loaded); raises RecipeError or Corrupt."""
-    from compress.gguf_header import Reader
+    """The file's header, long arrays aside, and tensors (mapped, not loaded); raises RecipeError or Corrupt."""
+    from compress.gguf_header import Header
 
     file = find(path)
     try:
-        return Reader(file)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        return Header(file)
+    except (ValueError, IndexError, KeyError, OverflowError, OSError, RecursionError) as error:
         raise Corrupt(f"{file}: not a readable GGUF file ({error}); export it again") from error
 
 

@@ -47,6 +47,15 @@ def bench():
         sys.modules.pop(name, None)
 
 
+def test_inputs_are_multiplied_as_number_by_number(bench):
+    draw = torch.Generator().manual_seed(0)
+    X, W = torch.randn(10, 24, generator=draw), torch.randn(6, 1, 3, 8, generator=draw)
+    wrapped = bench._Inputs(X[None]).view(-1, 24).reshape(1, 10, -1, 8)[:, 0::2].to(W.device)
+    plain = X.reshape(1, 10, 3, 8)[:, 0::2]
+    assert wrapped.shape == plain.shape
+    torch.testing.assert_close((wrapped * W).sum(dim=-1), (plain * W).sum(dim=-1))
+
+
 def test_both_sides_of_a_row_are_pruned_from_the_same_weights(bench, tmp_path):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "prune.py").write_text(PRUNE)

@@ -32,7 +32,8 @@ def test_untouched_stages_see_what_one_plain_pass_shows():
 
 
 def test_states_that_enter_give_way_when_nothing_else_follows():
-    kept, freed = (next(walk(tiny_model(), WINDOWS, windows_per_batch=2)) for _ in range(2))
+    walks = [walk(tiny_model(), WINDOWS, windows_per_batch=2) for _ in range(2)]
+    kept, freed = map(next, walks)
     entered = [weakref.ref(states) for states in freed._states]
     for _ in kept.stages_in_turn():
         pass

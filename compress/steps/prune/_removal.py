@@ -35,8 +35,8 @@ class Removal(Step):
     come nearest to its own old output on the present inputs (`output`), or to what brings the residual stream back
     to that of the model before this step (`stream`), which also makes up for what earlier blocks have lost.
     ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
-    random_tokens: windows of tokens drawn from the whole vocabulary by Zipf's law join the calibration, so many per token
-    of it, so that channels count which answer to what its texts lack. `taylor` judges by the calibration alone.
+    random_tokens: windows of tokens drawn from the whole vocabulary by Zipf's law join the calibration, so many per
+    token of it, so that channels count which answer to what its texts lack. `taylor` judges by the calibration alone.
     """
 
     reshapes: ClassVar[bool] = True
@@ -90,16 +90,16 @@ def refit(step: str, tensor: str, W: Tensor, sums: tuple[Tensor, Tensor | None],
 def random_windows(model: Model, windows: Sequence[Tensor], share: float, seed: int) -> list[Tensor]:
     """Windows (length,) int64 of tokens that are not special, each drawn alone: `share` times as many as `windows`.
 
-    Token i is drawn in proportion to 1 / (i + SHIFT), Zipf's law as Mandelbrot 1953 shifts it, of ranks that vocabularies
-    tell by their order: merges are learned the most frequent first (Sennrich et al. 2016, arXiv:1508.07909).
+    Token i is drawn in proportion to 1 / (i + SHIFT), Zipf's law as Mandelbrot 1953 shifts it. The number stands for
+    the rank: byte pairs are merged the most frequent first (Sennrich et al. 2016, arXiv:1508.07909).
     """
     import torch
 
-    special = set(model.tokenizer.all_special_ids)
-    plain = torch.tensor([i for i in range(min(len(model.tokenizer), model.facts.vocabulary)) if i not in special])
-    count, length = round(share * len(windows)), len(windows[0])
+    count = round(share * len(windows))
     if count == 0:
         return []
+    special, length = set(model.tokenizer.all_special_ids), len(windows[0])
+    plain = torch.tensor([i for i in range(min(len(model.tokenizer), model.facts.vocabulary)) if i not in special])
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.multinomial(1 / (plain.double() + SHIFT), count * length, replacement=True, generator=generator)
     return list(plain[drawn].view(count, length))

@@ -25,12 +25,12 @@ class Heads(Removal):
 
     The same number goes in every block, and every group that is left keeps equally many query heads, as grouped-query
     attention and the formats need (Ainslie et al. 2023, arXiv:2305.13245). The output projection (o_proj) reads the
-    heads: `criterion`, `update` and `ridge` speak of it; a head's worth is that of its channels together, a group's
-    that of its query heads. Blocks are cut in order, each fed by the smaller ones before it.
+    heads: `criterion`, `update`, `ridge` and `random_tokens` speak of it; a head's worth is that of its channels
+    together, a group's that of its query heads. Blocks are cut in order, each fed by the smaller ones before it.
     """
 
     name: ClassVar[str] = "prune.heads"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     groups: int = Field(0, ge=0)
     queries: int = Field(0, ge=0)
