@@ -29,7 +29,7 @@ class Header(GGUFReader):  # type: ignore[misc]
         kind = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
         count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
         if count > MOST:
-            raise ValueError(f"an array of {count} items, of which {MOST} are too many")
+            raise ValueError(f"an array of {count} items; expected at most {MOST}")
         if count < LONG or not (kind == GGUFValueType.STRING or kind in self.gguf_scalar_to_np):
             return super()._get_field_parts(orig_offs, raw_type)
         if kind == GGUFValueType.STRING:
