@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 WASTE = 0.08  # of a batch's tokens that may be padding
 SPARE = 48  # tokens of padding that cost less than a pass of their own: each reads all weights once
@@ -47,6 +48,16 @@ def consecutive(lengths: Sequence[int], budget: int) -> list[range]:
             found.append(range(i, i + 1))
             tokens = length
     return found
+
+
+def first_holding(tokens: int, sizes: Iterable[int]) -> int:
+    """How many of the batches, tokens in each, it takes to hold so many tokens; all where they hold fewer.
+
+    >>> first_holding(11, [10, 10, 10]), first_holding(0, [10, 10, 10]), first_holding(99, [10, 10, 10])
+    (2, 0, 3)
+    """
+    *before, _ = accumulate(sizes, initial=0)
+    return sum(held < tokens for held in before)
 
 
 def fitted(ids: Sequence[int], limit: int) -> list[int]:

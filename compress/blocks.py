@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.batching import first_holding
 from compress.errors import NumericalError, RecipeError
 from compress.families import Stack
 from compress.model import Model
@@ -43,7 +44,8 @@ class Block:
 
     linears: full module name → linear. index: position in its stack. arguments: those of all batches, or of each.
     originals: where `walk` was asked for them, first linear of a stage → the inputs that it has in the model as it was,
-    one (tokens, in_features) tensor of the working type per batch; none of a stage that reads the MLP's inner channels.
+    one (tokens, in_features) tensor of the working type per batch, of as many first batches as are carried; none of a
+    stage that reads the MLP's inner channels.
     """
 
     def __init__(
@@ -233,13 +235,14 @@ def walk(
     windows: Sequence[Tensor],
     progress: Callable[[str, float], None] = lambda label, fraction: None,
     windows_per_batch: int = 8,
-    originals: bool = False,
+    originals: int = 0,
 ) -> Iterator[Block]:
     """Yield the model's blocks in order; a block changed by the caller feeds the next one.
 
     windows: (length,) int64 each, all of one length. Of an encoder-decoder they are pairs of any length, and blocks of
     the encoder come before those of the decoder, which read what it makes of the sources by then. originals: also
-    carry the states of the unchanged model, which costs a second pass. Raises RecipeError without calibration data.
+    carry the states that the unchanged model has on the first batches, those that hold so many tokens or all, which
+    costs a second pass over them. Raises RecipeError without calibration data.
     """
     if not windows:
         raise RecipeError("this step needs calibration data; the calibration set holds no window")
@@ -253,11 +256,11 @@ def walk(
     assert isinstance(blocks, nn.ModuleList)
     stacked = torch.stack(list(windows))
     states, arguments = enter(model, list(torch.split(stacked, windows_per_batch)))
-    untouched = list(states) if originals else []
+    untouched = states[: first_holding(originals, (X.shape[:2].numel() for X in states))]
     for index, module in enumerate(blocks):
         progress(f"block {index + 1}/{len(blocks)}", index / len(blocks))
         block = Block(index, module, model, states, arguments[index])
-        if originals:
+        if untouched:
             untouched = _observe_originals(block, Block(index, module, model, untouched, arguments[index]))
         yield block
         if index + 1 < len(blocks):
@@ -270,7 +273,7 @@ def _walk_halves(
     windows: Sequence[Tensor],
     progress: Callable[[str, float], None],
     windows_per_batch: int,
-    originals: bool,
+    originals: int,
 ) -> Iterator[Block]:
     """`walk` over the encoder, then over the decoder."""
     batches = _alike([split(window.tolist(), model.start) for window in windows], windows_per_batch)
@@ -284,7 +287,8 @@ def _walk_halves(
         return _walk_half(model, stack, feeds, untouched, report)
 
     sources = [{"input_ids": torch.tensor([source for source, _ in batch])} for batch in batches]
-    read = yield from along(reading, 0, sources, sources if originals else None)
+    carried = first_holding(originals, (sum(min(map(len, pair)) for pair in batch) for batch in batches))
+    read = yield from along(reading, 0, sources, sources[:carried] or None)
     targets = [torch.tensor([target for _, target in batch]) for batch in batches]
     feeds, untouched = (
         [{"input_ids": ids, "encoder_hidden_states": states} for ids, states in zip(targets, found)] for found in read

@@ -64,13 +64,24 @@ def test_later_stages_see_the_changes_of_earlier_ones(changed):
 def test_originals_are_the_inputs_of_the_unchanged_model():
     untouched = [observed(block) for block in walk(tiny_model(), WINDOWS)]
     model = tiny_model()
-    for block, expected in zip(walk(model, WINDOWS, windows_per_batch=2, originals=True), untouched, strict=True):
+    for block, expected in zip(walk(model, WINDOWS, windows_per_batch=2, originals=72), untouched, strict=True):
         *wanted, inner = expected
         assert inner.endswith("down_proj") and list(block.originals) == wanted
         assert all(torch.equal(torch.cat(block.originals[name]), expected[name]) for name in wanted)
         for name in block.linears:
             model.parameter(f"{name}.weight").data.mul_(0.5)
     assert not next(walk(model, WINDOWS)).originals
+
+
+def test_originals_are_carried_for_the_first_batches_that_hold_so_many_tokens():
+    untouched = [observed(block) for block in walk(tiny_model(), WINDOWS)]
+    model = tiny_model()
+    for block, expected in zip(walk(model, WINDOWS, windows_per_batch=1, originals=25), untouched, strict=True):
+        assert block.originals
+        for name, found in block.originals.items():
+            assert [len(X) for X in found] == [24, 24] and torch.equal(torch.cat(found), expected[name][:48])
+        for name in block.linears:
+            model.parameter(f"{name}.weight").data.mul_(0.5)
 
 
 def test_a_block_is_itself_again_even_when_its_stages_are_left_half_way():

@@ -229,6 +229,18 @@ def test_blocks_are_walked_through_both_halves_and_feed_each_other() -> None:
         assert min(float((rows - other).abs().mean()) for other in found.values() if other.shape == rows.shape) < 0.05
 
 
+@pytest.mark.parametrize("tokens", [1, 100, 10_000])
+def test_originals_of_both_halves_are_of_the_same_first_batches(tokens: int) -> None:
+    model = tiny_seq2seq("t5 v1.1")
+    rows = sentences(20, seed=3)
+    windows = [torch.tensor(model.encode(joined(row["source"], row["target"]))) for row in rows]
+    blocks = list(walk(model, windows, windows_per_batch=2, originals=tokens))
+    read, written = ([len(X) for X in next(iter(block.originals.values()))] for block in (blocks[0], blocks[-1]))
+    both = [min(pair) for pair in zip(read, written, strict=True)]
+    assert sum(both[:-1]) < tokens
+    assert len(both) == len(blocks[0]._states) if tokens == 10_000 else sum(both) >= tokens
+
+
 def test_gptq_loses_less_than_rounding_in_both_halves() -> None:
     kind = "t5 v1.1"
     rows = sentences(300, seed=8)

@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from compress import blocks
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.plugin import step
+from compress.steps.quantize import gptq
 from compress.steps.quantize._fields import fit_grid, round_to_nearest
 from compress.steps.quantize.gptq import Moments, _drift, solve
 from tests.tiny import tiny_model
@@ -176,13 +178,17 @@ def test_the_moments_of_drift_are_those_of_a_plain_sum():
     assert (found - expected).norm() < 0.005 * expected.norm()  # the products are rounded to bfloat16
 
 
-def test_error_propagation_solves_for_the_least_squares_weights():
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("carried", [150, 400])
+def test_error_propagation_solves_for_the_least_squares_weights(carried, act_order):
     W, X0, X = drifted(1)
-    H, drift = X.float().T @ X.float(), (X0.float() - X.float()).T @ X.float()
-    damped = H.double() + 0.01 * H.diagonal().mean() * torch.eye(48)
+    H, first = X.float().T @ X.float(), X[:carried].float()
+    seen, drift = first.T @ first, (X0[:carried].float() - first).T @ first
+    damped = seen.double() + 0.01 * seen.diagonal().mean() * torch.eye(48)
     target = (W.double() + W.double() @ drift.double() @ torch.linalg.inv(damped)).float()
-    found = solve(W, Moments(H, drift), INT4, 0.01, search=True)
-    expected = solve(target, Moments(H), INT4, 0.01, search=True)
+    moments = Moments(H, drift, None if carried == len(X) else seen)
+    found = solve(W, moments, INT4, 0.01, search=True, act_order=act_order)
+    expected = solve(target, Moments(H), INT4, 0.01, search=True, act_order=act_order)
     assert (found.codes != expected.codes).float().mean() < 0.01
 
 
@@ -197,6 +203,38 @@ def test_error_propagation_brings_outputs_nearer_to_those_of_the_unquantized_mod
 
     without, half, whole = (output_error(Moments(H, d)) for d in (None, drift / 2, drift))
     assert whole < half < without
+
+
+def test_error_propagation_reads_the_first_tokens_alone_where_these_suffice(monkeypatch):
+    windows = [torch.randint(0, 256, (32,), generator=torch.Generator().manual_seed(i)) for i in range(16)]
+    solved: list[Moments] = []
+    monkeypatch.setattr(gptq, "solve", lambda W, moments, *rest: solved.append(moments) or solve(W, moments, *rest))
+
+    def first(calibration: list[torch.Tensor], carried: int) -> tuple[Moments, Moments]:
+        solved.clear()
+        monkeypatch.setattr(gptq, "CARRIED", carried)
+        step("quantize.gptq")(encoding="int4", group_size=16).apply(tiny_model(), Context(0, calibration))
+        return solved[0], solved[1]  # of the first attention's inputs, and of its output's
+
+    (all_in, _), (half_in, half_out), (less_in, less_out) = (
+        first(windows, 28),
+        first(windows, 1),
+        first(windows[:8], 28),
+    )
+    assert all_in.seen is None and less_in.seen is None and less_out.seen is None
+    assert torch.equal(half_in.H, all_in.H) and torch.equal(half_in.seen, less_in.H)
+    assert not half_in.drift.any() and half_out.drift.any()
+    assert half_out.seen.trace() < 0.7 * half_out.H.trace()
+
+
+@pytest.mark.parametrize(("head", "widest"), [(8, 32), (32, 128)])
+def test_error_propagation_reads_so_many_tokens_per_channel_of_its_widest_input(monkeypatch, head, widest):
+    asked: list[int] = []
+    monkeypatch.setattr(blocks, "walk", lambda *_, originals, **__: asked.append(originals) or iter(()))
+    for share in (0.5, 0.0):
+        chosen = step("quantize.gptq")(encoding="int4", group_size=16, error_propagation=share)
+        chosen.apply(tiny_model(head_dim=head), Context(0))
+    assert asked == [28 * widest, 0]
 
 
 def test_groups_wider_than_a_run_of_columns_are_solved_alike():

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 READ_AS_IT_IS = 0.3  # of the mean of H's diagonal: what a row weighs as the embedding of its token, where it is tied
 ROWS_AT_ONCE = 16_384  # of the output head
+CARRIED = 28  # tokens per channel that the unquantized model reads: fewer blur what is made up for, more hardly help
 
 
 class Gptq(WeightQuantization):
@@ -37,7 +38,8 @@ class Gptq(WeightQuantization):
     the Hessian's diagonal under "mse". act_order: round the channels of largest second moment first, which fits all
     scales beforehand (static groups). error_propagation: the share of what earlier rounding did to the inputs that
     each linear makes up for (QEP, Arai & Ichikawa 2025, arXiv:2504.09629), save those that read the MLP's inner
-    channels; above 0 a second pass carries the inputs of the unquantized model along, and 0 is plain GPTQ.
+    channels; above 0 a second pass carries the inputs of the unquantized model along, over the first batches of the
+    calibration data (28 tokens per channel of the widest of these inputs, or all), and 0 is plain GPTQ.
     refinement: how often, afterwards, the scales of a row are solved for together and each column then takes its best
     codes given all others, as in coordinate descent (Behdin et al. 2023, arXiv:2309.01885), with the scales solved for
     once more at the end. embeddings: an output head of fewer than 8 bits is solved for as well, a tied one with some
@@ -47,7 +49,7 @@ class Gptq(WeightQuantization):
     name: ClassVar[str] = "quantize.gptq"
     classifiers: ClassVar[bool] = True
     takes_pairs: ClassVar[bool] = True
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     uses_calibration: ClassVar[bool] = True
     codebooks: ClassVar[bool] = True
 
@@ -79,7 +81,9 @@ class Gptq(WeightQuantization):
         from compress.blocks import walk
 
         left: list[Tensor] = []
-        for block in walk(model, context.calibration, context.progress, originals=self.error_propagation > 0):
+        widest = max(model.facts.sizes["residual"], model.facts.sizes["q"])  # of the inputs that are made up for
+        carried = CARRIED * widest if self.error_propagation > 0 else 0
+        for block in walk(model, context.calibration, context.progress, originals=carried):
             self._quantize_block(model, block, chosen, context)
             left = block.advance()
         return left
@@ -113,17 +117,18 @@ class Gptq(WeightQuantization):
         from compress.numerics.hessian import Hessian
 
         for names, inputs in block.stages_in_turn(last=True):
-            hessian = Hessian(block.linears[names[0]].in_features)
-            for X in inputs:
+            hessian, before = Hessian(block.linears[names[0]].in_features), block.originals.pop(names[0], [])
+            for X in inputs[: len(before)]:
                 hessian.add(X)
-            if hessian.tokens < len(hessian.matrix) and block.index == 0:
-                context.notes.append(
-                    f"{names[0]}: {hessian.tokens} calibration tokens for {len(hessian.matrix)} input channels"
-                )
-            drift = None
-            if names[0] in block.originals:
-                drift = _drift(block.originals.pop(names[0]), inputs).mul_(self.error_propagation)
-            self._quantize_stage(model, names, chosen, Moments(hessian.matrix, drift), context)
+            seen = hessian.matrix if 0 < len(before) < len(inputs) else None
+            for X in inputs[len(before) :]:
+                hessian.add(X)
+            H, tokens = hessian.matrix, hessian.tokens
+            if tokens < len(H) and block.index == 0:
+                context.notes.append(f"{names[0]}: {tokens} calibration tokens for {len(H)} input channels")
+            drift = _drift(before, inputs).mul_(self.error_propagation) if before else None
+            del before, hessian
+            self._quantize_stage(model, names, chosen, Moments(H, drift, seen), context)
 
     def _quantize_stage(
         self,
@@ -167,11 +172,13 @@ class Moments(NamedTuple):
     """What a linear with m inputs is solved against.
 
     H: XXᵀ over the calibration tokens, (m, m) float32. drift: (X₀ − X)Xᵀ, (m, m) float32, with X₀ the inputs in the
-    model as it was, or None to keep W·X rather than W·X₀.
+    model as it was, or None to keep W·X rather than W·X₀. seen: XXᵀ over the tokens that drift was summed over, (m, m)
+    float32, or None where these are all.
     """
 
     H: Tensor
     drift: Tensor | None = None
+    seen: Tensor | None = None
 
 
 def solve(
@@ -198,13 +205,19 @@ def solve(
     n, m = W.shape
     size = m // encoding.groups(m)
     dead = moments.H.diagonal() == 0
-    H = moments.H + torch.diag(dead.float())
+    H = _revived(moments.H)
     back = torch.arange(m)
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(m)
-    R = damped_factor(H[order][:, order], dampening)
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else back
+
+    def ordered(A: Tensor) -> Tensor:
+        return A[order][:, order] if act_order else A
+
+    R = damped_factor(ordered(H), dampening)
     W = W.masked_fill(dead, 0.0)[:, order]  # a channel that never fires contributes nothing (as in the paper's code)
     if moments.drift is not None:
-        W += times_inverse(W, moments.drift[order][:, order], R)
+        seen = R if moments.seen is None else damped_factor(ordered(_revived(moments.seen)), dampening)
+        W += times_inverse(W, ordered(moments.drift), seen)
+        del seen
     kept = None if mask is None else mask.T[order]
     grids = _Grids(encoding, H.diagonal(), search, size)
     if act_order:
@@ -228,9 +241,18 @@ def solve(
     sweep(W, R, runs(m) if act_order else runs(m, size), begin, visit)
     found = EncodedTensor(encoding, codes.T.contiguous(), *grids.joined())
     if refinement:
+        H = H.clone()
         H.diagonal().add_(dampening * float(moments.H.diagonal().mean()))
         found = refine(W[:, back], H, found, mask, refinement)
     return found
+
+
+def _revived(H: Tensor) -> Tensor:
+    """H (m, m) with ones on the diagonal for channels that never fire; itself where there is none."""
+    import torch
+
+    dead = H.diagonal() == 0
+    return H + torch.diag(dead.float()) if dead.any() else H
 
 
 class _Grids:
@@ -263,11 +285,11 @@ class _Grids:
 
 
 def _drift(originals: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """(X₀ − X)Xᵀ over batches of (tokens, m) in one type: (m, m) float32.
+    """(X₀ − X)Xᵀ over the first batches, those that have originals, of (tokens, m) in one type: (m, m) float32.
 
     Products of bfloat16 are rounded to it, which a correction bears and a Hessian does not.
     """
-    parts = ((X0 - X).T @ X for X0, X in zip(originals, inputs, strict=True))
+    parts = ((X0 - X).T @ X for X0, X in zip(originals, inputs))
     total = next(parts).float()
     for part in parts:
         total += part
