@@ -92,9 +92,10 @@ def _quantize(folder: Path, options: argparse.Namespace) -> None:
 
     from compress import artifact, source
     from compress.interfaces import Context
-    from compress.machine import peak_memory
+    from compress.machine import keep_freed_memory, peak_memory
     from compress.plugin import step
 
+    keep_freed_memory(False)  # as the command does
     model = source.load(str(folder), streaming=True)
     opened = _resident()
     generator = torch.Generator().manual_seed(1)
