@@ -216,11 +216,9 @@ def test_error_propagation_reads_the_first_tokens_alone_where_these_suffice(monk
         step("quantize.gptq")(encoding="int4", group_size=16).apply(tiny_model(), Context(0, calibration))
         return solved[0], solved[1]  # of the first attention's inputs, and of its output's
 
-    (all_in, _), (half_in, half_out), (less_in, less_out) = (
-        first(windows, 28),
-        first(windows, 1),
-        first(windows[:8], 28),
-    )
+    all_in, _ = first(windows, 28)
+    half_in, half_out = first(windows, 1)
+    less_in, less_out = first(windows[:8], 28)
     assert all_in.seen is None and less_in.seen is None and less_out.seen is None
     assert torch.equal(half_in.H, all_in.H) and torch.equal(half_in.seen, less_in.H)
     assert not half_in.drift.any() and half_out.drift.any()

@@ -126,7 +126,7 @@ class Gptq(WeightQuantization):
             H, tokens = hessian.matrix, hessian.tokens
             if tokens < len(H) and block.index == 0:
                 context.notes.append(f"{names[0]}: {tokens} calibration tokens for {len(H)} input channels")
-            drift = _drift(before, inputs).mul_(self.error_propagation) if before else None
+            drift = _drift(before, inputs[: len(before)]).mul_(self.error_propagation) if before else None
             del before, hessian
             self._quantize_stage(model, names, chosen, Moments(H, drift, seen), context)
 
@@ -285,11 +285,11 @@ class _Grids:
 
 
 def _drift(originals: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """(X₀ − X)Xᵀ over the first batches, those that have originals, of (tokens, m) in one type: (m, m) float32.
+    """(X₀ − X)Xᵀ over batches of (tokens, m) in one type: (m, m) float32.
 
     Products of bfloat16 are rounded to it, which a correction bears and a Hessian does not.
     """
-    parts = ((X0 - X).T @ X for X0, X in zip(originals, inputs))
+    parts = ((X0 - X).T @ X for X0, X in zip(originals, inputs, strict=True))
     total = next(parts).float()
     for part in parts:
         total += part
