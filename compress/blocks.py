@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from compress.batching import first_holding
 from compress.errors import NumericalError, RecipeError
 from compress.families import Stack
+from compress.machine import return_freed_memory
 from compress.model import Model
 from compress.numerics.affine import finite
 from compress.numerics.products import working_products, working_type
 from compress.pairs import split
+from compress.reuse import Products, Reuse, replaced
 from compress.seq2seq import Seq2Seq
 
 Observer = Callable[[tuple[str, ...], Tensor], None]
@@ -45,7 +47,8 @@ class Block:
     linears: full module name → linear. index: position in its stack. arguments: those of all batches, or of each.
     originals: where `walk` was asked for them, first linear of a stage → the inputs that it has in the model as it was,
     one (tokens, in_features) tensor of the working type per batch, of as many first batches as are carried; none of a
-    stage that reads the MLP's inner channels.
+    stage that reads the MLP's inner channels, nor of one whose turn in `stages_in_turn` is over. reuse: memory that
+    blocks hand on.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Block:
         states: list[Tensor],
         arguments: Arguments | Sequence[Arguments],
         stack: Stack | None = None,
+        reuse: Reuse | None = None,
     ):
         arch = model.facts.architecture
         self.index, self.module = index, module
@@ -66,6 +70,7 @@ class Block:
         self._arguments = [arguments] * len(states) if isinstance(arguments, Arguments) else arguments
         self._batch = 0  # the one that is running
         self._left: list[Tensor] | None = None  # the hidden states that leave, once they are known
+        self._reuse = reuse or Reuse()
         self.originals: dict[str, list[Tensor]] = {}
         self.linears: dict[str, nn.Linear] = {}
         for name in self._stack.linears:
@@ -85,7 +90,7 @@ class Block:
         return self._watch(lambda names, X: callback(names, X.float()))
 
     def _watch(self, callback: Observer, last: bool = False) -> list[Tensor]:
-        """`observe`, with inputs as they are. last: the states that enter are needed no more."""
+        """`observe`, with inputs as they are. last: the states that leave take the place of those that enter."""
         hooks = []
         for names in self.stages:
 
@@ -96,9 +101,7 @@ class Block:
         left = []
         try:
             for batch in range(len(self._states)):
-                left.append(self._run(batch))
-                if last:
-                    self._states[batch] = left[-1]
+                left.append(self._leaving(batch, last))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -108,39 +111,45 @@ class Block:
         """Each group of linears with its inputs, fed by the linears before it as the caller has changed them.
 
         Yields (names, inputs), the inputs being one (tokens, in_features) tensor of the working type per batch: what
-        the products see. The block is computed only once in all: a submodule that ends in a linear whose turn has come
-        (attention, MLP) runs no more, its last product aside, nor does a norm whose output is known, which the caller
-        must leave as it is; `advance` is part of that. last: nothing but `advance` follows, so that the states that
-        enter give way to those that leave.
+        the products see, until the next group has its turn, which may take their place. The block is computed only once
+        in all: a submodule that ends in a linear whose turn has come (attention, MLP) runs no more, its last product
+        aside, nor does a norm whose output is known, which the caller must leave as it is; `advance` is part of that.
+        last: nothing but `advance` follows, so that the states that leave take the place of those that enter.
         """
         architecture = self._architecture
         read = {norm: readers for norm, readers in architecture.folds if norm in architecture.block_norms}
         norms = {readers[0]: norm for norm, readers in read.items()}
         settled: list[nn.Module] = []
+        answers: dict[str, list[Tensor]] = {}  # submodule → what it answers with
         try:
             for names in self.stages:
                 inputs = [self._input_of(names[0], i) for i in range(len(self._states))]
-                flat = [X.flatten(0, -2) for X in inputs]
+                flat, originals = [X.flatten(0, -2) for X in inputs], self.originals.get(names[0], [])
                 yield names, flat
                 flat.clear()  # which the caller may still hold
+                self._reuse.give(originals)
+                self.originals.pop(names[0], None)
                 own = names[0].removeprefix(f"{self._prefix}.")
                 parent = own.rpartition(".")[0]
                 if own in norms:
+                    answers[norms[own]] = inputs
                     settled.append(self.module.get_submodule(norms[own]))
                     self._answer(settled[-1], inputs)
-                if own in architecture.closing:
+                elif own in architecture.closing:
+                    answers[parent] = inputs
                     settled.append(self.module.get_submodule(parent))
-                    products = _Products(self.linears[names[0]], inputs)
+                    products = Products(self.linears[names[0]], inputs)
                     self._answer(settled[-1], products, pair=parent == architecture.attention)
                     for norm, readers in read.items():
                         if all(name.startswith(f"{parent}.") for name in readers):  # none of which runs any more
                             settled.append(self.module.get_submodule(norm))
                             settled[-1].forward = _unchanged
-                del inputs
-            left = self._states if last else list(self._states)
-            for batch in range(len(left)):
-                left[batch] = self._run(batch)
-            self._left = left
+                            self._reuse.give(answers.pop(norm, []))
+                else:
+                    self._reuse.give(inputs)
+            self._left = [self._leaving(batch, last) for batch in range(len(self._states))]
+            for held in answers.values():
+                self._reuse.give(held)
         finally:
             for module in set(settled):
                 del module.forward  # the class's own again
@@ -160,7 +169,7 @@ class Block:
         caught: list[Tensor] = []
 
         def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            caught.append(inputs[0].to(working_type()))
+            caught.append(self._reuse.take(inputs[0], working_type()))
             raise _Captured
 
         hook = self.linears[name].register_forward_pre_hook(capture)
@@ -220,6 +229,13 @@ class Block:
             return self._left
         return [self._run(i) for i in range(len(self._states))]
 
+    def _leaving(self, batch: int, last: bool) -> Tensor:
+        """The hidden states that leave on one batch; last: in the place of those that enter."""
+        out = self._run(batch)
+        if last:
+            out = self._states[batch] = replaced(self._states[batch], out)
+        return out
+
     @torch.inference_mode()
     def _run(self, batch: int) -> Tensor:
         self._batch = batch
@@ -256,15 +272,19 @@ def walk(
     assert isinstance(blocks, nn.ModuleList)
     stacked = torch.stack(list(windows))
     states, arguments = enter(model, list(torch.split(stacked, windows_per_batch)))
-    untouched = states[: first_holding(originals, (X.shape[:2].numel() for X in states))]
+    untouched = [X.clone() for X in states[: first_holding(originals, (X.shape[:2].numel() for X in states))]]
+    reuse = Reuse()
     for index, module in enumerate(blocks):
         progress(f"block {index + 1}/{len(blocks)}", index / len(blocks))
-        block = Block(index, module, model, states, arguments[index])
+        block = Block(index, module, model, states, arguments[index], reuse=reuse)
         if untouched:
             untouched = _observe_originals(block, Block(index, module, model, untouched, arguments[index]))
         yield block
         if index + 1 < len(blocks):
             states = block.advance()
+    reuse.clear()
+    if model.shelf is not None:
+        return_freed_memory()  # as much as lies free between what stays
     progress("blocks", 1.0)
 
 
@@ -307,10 +327,11 @@ def _walk_half(
     half = model.module.get_submodule(stack.blocks.partition(".")[0])
     states, *arguments = _enter_half(half, feeds)
     before, *others = _enter_half(half, untouched) if untouched else ([], [], [])
+    reuse = Reuse()
     for index, module in enumerate(half.block):
         progress(index)
         later = min(index, 1)
-        block = Block(index, module, model, states, arguments[later], stack)
+        block = Block(index, module, model, states, arguments[later], stack, reuse)
         if untouched:
             before = _observe_originals(block, Block(index, module, model, before, others[later], stack))
         yield block
@@ -367,26 +388,9 @@ def _observe_originals(block: Block, untouched: Block) -> list[Tensor]:
 
     def keep(names: tuple[str, ...], X: Tensor) -> None:
         if names[0] not in block.inner:
-            block.originals.setdefault(names[0], []).append(X.to(working_type()))
+            block.originals.setdefault(names[0], []).append(block._reuse.take(X, working_type()))
 
     return untouched._watch(keep, last=True)
-
-
-class _Products(Sequence[Tensor]):
-    """A linear's products over known inputs, each computed when it is first asked for, in place of its input."""
-
-    def __init__(self, linear: nn.Linear, inputs: Sequence[Tensor]):
-        self._linear, self._held = linear, list(inputs)
-        self._found: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def __getitem__(self, batch: Any) -> Any:
-        if batch not in self._found:
-            self._held[batch] = self._linear(self._held[batch])
-            self._found.add(batch)
-        return self._held[batch]
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error

@@ -84,6 +84,20 @@ def test_originals_are_carried_for_the_first_batches_that_hold_so_many_tokens():
             model.parameter(f"{name}.weight").data.mul_(0.5)
 
 
+def test_a_block_computes_in_the_memory_of_the_one_before():
+    places: list[set[int]] = []
+    model = tiny_model()
+    for block in walk(model, WINDOWS, windows_per_batch=2, originals=72):
+        held = [X.untyped_storage().data_ptr() for parts in block.originals.values() for X in parts]
+        for names, inputs in block.stages_in_turn(last=True):
+            held += [X.untyped_storage().data_ptr() for X in inputs]
+            for name in names:
+                model.parameter(f"{name}.weight").data.mul_(0.5)
+        held += [X.untyped_storage().data_ptr() for X in block.advance()]
+        places.append(set(held))
+    assert places[1] == places[0] and len(places[0]) < len(held)  # stages of one block follow each other, too
+
+
 def test_a_block_is_itself_again_even_when_its_stages_are_left_half_way():
     model = tiny_model()
     block = next(walk(model, WINDOWS))
