@@ -11,7 +11,7 @@ from pathlib import Path
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # mallopt(3)
 _KEEP = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
-_RETURN = ((_MMAP_MAX, 2**16), (_TRIM_THRESHOLD, 2**17), (_TOP_PAD, 2**17), (_MMAP_THRESHOLD, 2**22))
+_RETURN = ((_MMAP_MAX, 2**16), (_TRIM_THRESHOLD, 2**27), (_TOP_PAD, 2**17), (_MMAP_THRESHOLD, 2**25))
 
 
 def keep_freed_memory(keep: bool = True) -> None:
@@ -19,10 +19,11 @@ def keep_freed_memory(keep: bool = True) -> None:
 
     It would give every piece of over 32 MB back to the kernel, which zeroes it page by page for the next tensor of that
     size: for logits over a vocabulary of 49,152 that takes a third of the time. `keep=False` gives back every piece of
-    over 4 MB that is made from then on: where blocks come and go, much of what is freed lies between other pieces and
-    would stay with the process. torch then asks for pages of 2 MB, which take the kernel less time where it gives them,
-    unless it has made tensors before or the environment says otherwise; child processes do the same. A policy for
-    programs, which libraries should leave to them.
+    32 MB or more that is made from then on, and what is free beyond the last piece where that is over 128 MB: where
+    blocks come and go, much of what is freed lies between other pieces and would stay with the process. torch then
+    asks for pages of 2 MB, which take the kernel less time where it gives them, unless it has made tensors before or
+    the environment says otherwise; child processes do the same. A policy for programs, which libraries should leave to
+    them.
     """
     if not keep:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
