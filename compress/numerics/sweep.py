@@ -85,7 +85,8 @@ def _replace(
     runs: those that begin and end here, or none, of a longer one's part.
     """
     left = torch.empty_like(columns)  # by which each column is off, had those before it here no errors
-    shares = (R / R.diagonal()).T.contiguous()
+    shares = (R / R.diagonal()).T.contiguous().unbind()
+    rows = list(zip(columns, left, new))
     for start, stop in runs or [(first, first + len(columns))]:
         run = slice(start - first, stop - first)
         if runs:
@@ -95,6 +96,7 @@ def _replace(
             begin(start, wanted)
         with small_products():
             for k in range(run.start, run.stop):
-                column = torch.addmv(columns[k], left[:k].T, shares[k, :k]) if k else columns[k]
-                new[k] = visit(first + k, column)
-                torch.sub(columns[k], new[k], out=left[k])
+                column, off, found = rows[k]
+                wanted = torch.addmv(column, left[:k].T, shares[k][:k]) if k else column
+                found.copy_(visit(first + k, wanted))
+                torch.sub(column, found, out=off)

@@ -224,18 +224,19 @@ def solve(
         back = torch.argsort(order)
         grids.fit_all((W if kept is None else W * kept.T)[:, back])
     codes = torch.empty(m, n, dtype=torch.int8 if encoding.signed else torch.uint8)
+    channels, places = order.tolist(), codes.view(m, n, 1, 1).unbind()
 
     def begin(start: int, columns: Tensor) -> None:
         if not act_order:  # a run is a group
             grids.fit(columns if kept is None else columns * kept[start : start + size], start)
 
     def visit(j: int, column: Tensor) -> Tensor:
-        channel = int(order[j])
+        channel = channels[j]
         grid = grids[channel]
         code = grid.round(column.view(n, 1, 1))
         if kept is not None:
             code = torch.where(kept[j].view(n, 1, 1), code, grid.zero)
-        codes[channel] = code.view(n)
+        places[channel].copy_(code)
         return grid.decode(code).view(n)
 
     sweep(W, R, runs(m) if act_order else runs(m, size), begin, visit)
