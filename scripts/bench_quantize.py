@@ -6,10 +6,9 @@ The text's first windows of 512 tokens are scored, every position but the first 
 calibration is windows of 512 tokens of wiki. bits: stored bits per weight over the linears of the blocks, and over the
 whole model. --chain adds one: a list of [step, fields]. --gguf: each chain's model is written as GGUF, too, and that
 file scored in llama.cpp against the same baseline, with its size in 10⁶ bytes. --streaming: the model is taken block by
-block from its file, as bfloat16, and time and memory alone are measured. --peer: the interpreter of an
-environment with gptqmodel, which then quantizes the same model on the same calibration windows (4 bits, groups of 64,
-symmetric), and whose weights are scored by the same code. One JSON object per row, with ratios to the peer where there
-is one.
+block from its file, as bfloat16; peak memory is that of the steps. --peer: the interpreter of an environment with
+gptqmodel, which then quantizes the same model on the same calibration windows (4 bits, groups of 64, symmetric), and
+whose weights are scored by the same code. One JSON object per row, with ratios to the peer where there is one.
 """
 
 from __future__ import annotations
@@ -147,7 +146,7 @@ def measured(chain: Chain, options: argparse.Namespace) -> dict[str, Any]:
         "bits": round(artifact.bits_per_weight(model), 3),
         "notes": context.notes[-1:],
     }
-    return row if options.saved else row | scored(model, options) | shipped
+    return row | scored(model, options) | shipped
 
 
 def windows(model: Any, options: argparse.Namespace) -> tuple[Sequence[Any], Sequence[Any]]:
