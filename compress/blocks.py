@@ -224,7 +224,7 @@ class Block:
 
     @torch.inference_mode()
     def advance(self) -> list[Tensor]:
-        """The hidden states that leave the block, with its weights as they are now."""
+        """The hidden states that leave the block, with its weights as they are now, until the next has its turn."""
         if self._left is not None:
             return self._left
         return [self._run(i) for i in range(len(self._states))]
@@ -336,6 +336,7 @@ def _walk_half(
             before = _observe_originals(block, Block(index, module, model, before, others[later], stack))
         yield block
         states = block.advance()
+    reuse.clear()
     with torch.inference_mode():
         return [half.final_layer_norm(state) for state in states], [half.final_layer_norm(state) for state in before]
 

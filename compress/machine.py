@@ -18,9 +18,9 @@ def keep_freed_memory(keep: bool = True) -> None:
     """Let the memory of a tensor that is gone serve the next one, in this process, where the C library is glibc.
 
     It would give every piece of over 32 MB back to the kernel, which zeroes it page by page for the next tensor of that
-    size: for logits over a vocabulary of 49,152 that takes a third of the time. `keep=False` gives back every piece of
-    32 MB or more that is made from then on, and what is free beyond the last piece where that is over 128 MB: where
-    blocks come and go, much of what is freed lies between other pieces and would stay with the process. torch then
+    size: for logits over a vocabulary of 49,152 that takes a third of the time. `keep=False` gives pieces of 32 MB or
+    more back, unless they fit into what is free already; smaller ones, and up to 128 MB behind the last of them, stay
+    until `return_freed_memory`. So less stays between other pieces where blocks come and go. torch then
     asks for pages of 2 MB, which take the kernel less time where it gives them, unless it has made tensors before or
     the environment says otherwise; child processes do the same. A policy for programs, which libraries should leave to
     them.

@@ -38,7 +38,7 @@ class Reuse:
 @torch.inference_mode()
 def replaced(old: Tensor, new: Tensor) -> Tensor:
     """`new` in the memory of `old`, which is needed no more, where they are of one type and it fits."""
-    if old.dtype != new.dtype or old.numel() < new.numel():
+    if old.dtype != new.dtype or old.numel() < new.numel() or not old.is_contiguous():
         return new
     return old.view(-1)[: new.numel()].view(new.shape).copy_(new)
 

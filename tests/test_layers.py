@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ("compress.errors", "compress.machine", "compress.requirements", "compress.permission", "compress.publishing"),
     ("compress.batching", "compress.branching", "compress.labels", "compress.pairs", "compress.sealing"),
-    ("compress.lock", "compress.environment"),
+    ("compress.lock", "compress.environment", "compress.reuse"),
     ("compress.numerics",),
     ("compress.encodings", "compress.families", "compress.architectures", "compress.rounding"),
     ("compress.attention", "compress.conv1d"),

@@ -34,6 +34,7 @@ def test_a_tensor_is_replaced_in_place_where_it_fits():
     assert torch.equal(found, new) and found.shape == new.shape and found.data_ptr() == old.data_ptr()
     assert torch.equal(replaced(new, old), old) and replaced(new, old) is old  # too large
     assert replaced(old, new.double()).dtype == torch.float64
+    assert replaced(torch.zeros(6, 2).T, new) is new  # its memory is not in one piece
 
 
 def test_products_are_computed_once_each_and_when_they_are_asked_for():
