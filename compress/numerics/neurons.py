@@ -21,6 +21,15 @@ def wanda_channel_scores(W: Tensor, H: Tensor) -> Tensor:
     return W.abs().sum(dim=0) * H.diagonal().clamp(min=0).sqrt()
 
 
+def fisher_channel_scores(W: Tensor, H: Tensor, G: Tensor) -> Tensor:
+    """√(w_jᵀ G w_j) · ‖X_j‖₂, (m,), with w_j the columns of W: what the loss feels of each channel's removal.
+
+    G: (n, n), second moments of the loss's gradient by the output. The loss's second derivative by W is taken for the
+    Kronecker product of H and G, as in Martens & Grosse 2015, arXiv:1503.05671, eq. 1.
+    """
+    return ((G @ W) * W).sum(dim=0).clamp(min=0).sqrt() * H.diagonal().clamp(min=0).sqrt()
+
+
 def highest(scores: Tensor, count: int) -> Tensor:
     """Positions of the `count` highest of the scores (m,), ascending; among equal ones the lower stay."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from compress.errors import NumericalError
 from compress.numerics.counts import kept_width
 from compress.numerics.masks import wanda_scores
-from compress.numerics.neurons import channel_scores, compensated, highest, highest_groups, wanda_channel_scores
+from compress.numerics.neurons import (
+    channel_scores,
+    compensated,
+    fisher_channel_scores,
+    highest,
+    highest_groups,
+    wanda_channel_scores,
+)
 
 
 def problem(seed: int, n: int = 6, m: int = 20, tokens: int = 90) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,6 +39,20 @@ def test_scores_are_the_norm_of_what_a_channel_adds():
     W, X = problem(0)
     plain = [float(torch.outer(X[:, j].double(), W[:, j].double()).norm()) for j in range(20)]
     torch.testing.assert_close(channel_scores(W, X.T @ X).tolist(), plain, rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6))
+def test_fisher_scores_are_what_the_loss_feels_of_what_a_channel_adds(seed):
+    W, X = problem(seed)
+    g = torch.randn(9, len(W), generator=torch.Generator().manual_seed(seed))
+    found = fisher_channel_scores(W, X.T @ X, g.T @ g)
+    plain = []
+    for j in range(20):  # every token's share of the output against every gradient
+        changes = [float(x[j] * (W[:, j].double() @ d)) for x in X.double() for d in g.double()]
+        plain.append(sum(change**2 for change in changes) ** 0.5)
+    torch.testing.assert_close(found.tolist(), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fisher_channel_scores(W, X.T @ X, torch.eye(len(W))), channel_scores(W, X.T @ X))
 
 
 def test_the_highest_stay_in_order_and_ties_go_by_position():

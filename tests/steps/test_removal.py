@@ -10,7 +10,9 @@ from compress.model import Model
 from compress.numerics.divergence import divergence
 from compress.numerics.products import working_products
 from compress.plugin import step
+from compress.steps.prune import _fisher
 from compress.steps.prune._depth import by_divergence
+from compress.steps.prune._fisher import output_fisher
 from compress.steps.prune._removal import SHIFT, moments, random_windows
 from compress.steps.prune._taylor import taylor_scores
 from tests.steps.test_structure import WINDOW, check_shapes, logits, reshaped, tiny_copy, windows
@@ -18,7 +20,7 @@ from tests.tiny import tiny_model
 
 HEAD = 8  # channels of one head of the tiny model: 4 query heads share 2 key/value heads
 UPDATES = ("none", "output", "stream")
-CRITERIA = ("activation", "wanda", "taylor")
+CRITERIA = ("activation", "wanda", "fisher", "taylor")
 
 
 def silence(model: Model, block: int, heads: list[int]) -> None:
@@ -181,6 +183,61 @@ def test_taylor_scores_equal_a_plain_reference_and_leave_no_gradient(linear, siz
     assert all(p.grad is None for p in model.module.parameters())
     for scores, plain in zip(found, plain_taylor(tiny_model(), linear, size), strict=True):
         torch.testing.assert_close(scores, torch.tensor(plain), rtol=0.05, atol=0.02 * max(plain))  # bfloat16
+
+
+def plain_fisher(model: Model, linear: str, read: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Autograd on one window at a time, in float32, and loops."""
+    sums = [0.0, 0.0]
+    for window in read:
+        outputs = {}
+        hooks = [
+            model.module.get_submodule(f"model.layers.{i}.{linear}").register_forward_hook(
+                lambda _, args, out, i=i, seen=outputs: seen.__setitem__(i, out) or out.retain_grad()
+            )
+            for i in range(2)
+        ]
+        logits = model.module(window[None]).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum").backward()
+        for hook in hooks:
+            hook.remove()
+        for i, out in outputs.items():
+            for g in out.grad[0]:
+                sums[i] = sums[i] + torch.outer(g, g) / max(float(g @ g), 1e-30)
+    return [total / sum(map(len, read)) for total in sums]
+
+
+@pytest.mark.parametrize("linear", ["self_attn.o_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("read", [1, 2])
+def test_directions_of_gradients_equal_a_plain_reference_and_leave_no_gradient(linear, read, monkeypatch):
+    model, given = tiny_model(), windows()
+    length, n = len(given[0]), model.facts.sizes["residual"]
+    monkeypatch.setattr(_fisher, "TOKENS_PER_CHANNEL", (read * length - 1) / n)
+    flags = [p.requires_grad for p in model.module.parameters()]
+    found = output_fisher(model, given, linear)
+    assert [p.requires_grad for p in model.module.parameters()] == flags
+    assert all(p.grad is None for p in model.module.parameters())
+    assert len(given) > read and all(float(G.trace()) <= 1 + 1e-5 for G in found)
+    for G, plain in zip(found, plain_fisher(tiny_model(), linear, given[:read]), strict=True):
+        torch.testing.assert_close(G, plain, rtol=0.05, atol=0.02 * float(plain.abs().max()))  # bfloat16
+
+
+def test_gradients_that_are_not_finite_name_the_linear():
+    model = tiny_model()
+    linear = model.module.get_submodule("model.layers.1.mlp.down_proj")
+    linear.register_forward_hook(lambda _, args, out: out + (out * 0).sqrt())  # of infinite slope
+    with pytest.raises(NumericalError, match=r"model\.layers\.0\.mlp\.down_proj: non-finite gradients"):
+        output_fisher(model, windows(), "mlp.down_proj")
+
+
+def test_a_loss_that_is_not_finite_names_the_block_or_itself():
+    model = tiny_model()
+    model.parameter("model.layers.1.mlp.down_proj.weight").data[0, 0] = torch.nan
+    with pytest.raises(NumericalError, match=r"model\.layers\.1: non-finite hidden states"):
+        output_fisher(model, windows(), "mlp.down_proj")
+    model = tiny_model()
+    model.parameter("model.norm.weight").data[0] = torch.inf
+    with pytest.raises(NumericalError, match="non-finite loss on the calibration data"):
+        output_fisher(model, windows(), "mlp.down_proj")
 
 
 # --- layers -----------------------------------------------------------------------------------------------

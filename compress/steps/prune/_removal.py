@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TINY = 1e-12  # of a root mean square: a stream of zeros divides by it
 SHIFT = 100  # the first tokens of a vocabulary, single bytes among them, are drawn about alike
 
-Criterion = Literal["activation", "wanda", "taylor"]
+Criterion = Literal["activation", "wanda", "fisher", "taylor"]
 Update = Literal["none", "output", "stream"]
 
 
@@ -30,13 +30,14 @@ class Removal(Step):
 
     criterion: a channel's worth over the calibration tokens, with W the reading linear and X its inputs, each token's
     divided by the size of the residual stream that it is added to: `activation` ‖W_:j‖₂ · ‖X_j‖₂, `wanda`
-    Σ_i |W_ij| · ‖X_j‖₂, or `taylor` Σ_t |x_tj ∂L/∂x_tj|, whose inputs are taken as they are.
+    Σ_i |W_ij| · ‖X_j‖₂, `fisher` √(W_:jᵀ G W_:j) · ‖X_j‖₂ with G the mean of g gᵀ / ‖g‖² over tokens and g the
+    loss's gradient by W's output, or `taylor` Σ_t |x_tj ∂L/∂x_tj|, whose inputs are taken as they are.
     update: the reading linear's other weights are set by least squares, with a ridge towards their old values, to
     come nearest to its own old output on the present inputs (`output`), or to what brings the residual stream back
     to that of the model before this step (`stream`), which also makes up for what earlier blocks have lost.
     ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
     random_tokens: windows of tokens drawn from the whole vocabulary by Zipf's law join the calibration, so many per
-    token of it, so that channels count which answer to what its texts lack. `taylor` judges by the calibration alone.
+    token of it, so that channels count which answer to what its texts lack. Gradients are of the calibration alone.
     """
 
     reshapes: ClassVar[bool] = True
@@ -54,23 +55,27 @@ class Removal(Step):
         if self.update == "stream":
             refuse_post_norms(facts, self.name)
 
-    def scores(self, W: Tensor, H: Tensor, taylor: Tensor | None, size: int = 1) -> Tensor:
-        """Worth of each run of `size` neighbouring channels, (m / size,). W: (n, m). H: (m, m). taylor: (m / size,)."""
-        from compress.numerics.neurons import channel_scores, wanda_channel_scores
+    def scores(self, W: Tensor, H: Tensor, felt: Tensor | None, size: int = 1) -> Tensor:
+        """Worth of each run of `size` neighbouring channels, (m / size,). W: (n, m). H: (m, m). felt: of `felt`."""
+        from compress.numerics.neurons import channel_scores, fisher_channel_scores, wanda_channel_scores
 
-        if taylor is not None:
-            return taylor
+        if self.criterion == "taylor" and felt is not None:
+            return felt
         if self.criterion == "wanda":
             return wanda_channel_scores(W, H).view(-1, size).sum(dim=1)
-        return channel_scores(W, H).square().view(-1, size).sum(dim=1).sqrt()
+        single = channel_scores(W, H) if felt is None else fisher_channel_scores(W, H, felt)
+        return single.square().view(-1, size).sum(dim=1).sqrt()
 
-    def taylor(self, model: Model, context: Context, linear: str, size: int = 1) -> Sequence[Tensor | None]:
-        """Taylor scores per block where the criterion asks for them, else None per block."""
+    def felt(self, model: Model, context: Context, linear: str, size: int = 1) -> Sequence[Tensor | None]:
+        """What the criterion takes from gradients, per block: Taylor scores, G of `fisher`, or None."""
+        from compress.steps.prune._fisher import output_fisher
         from compress.steps.prune._taylor import taylor_scores
 
-        if self.criterion != "taylor":
-            return [None] * model.facts.layers
-        return taylor_scores(model, context.calibration, linear, size, context.progress)
+        if self.criterion == "taylor":
+            return taylor_scores(model, context.calibration, linear, size, context.progress)
+        if self.criterion == "fisher":
+            return output_fisher(model, context.calibration, linear, context.progress)
+        return [None] * model.facts.layers
 
 
 def refit(step: str, tensor: str, W: Tensor, sums: tuple[Tensor, Tensor | None], kept: Tensor, ridge: float) -> Tensor:

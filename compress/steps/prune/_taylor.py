@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compress.errors import NumericalError
+from compress.numerics.affine import finite
 from compress.numerics.products import working_products
 
 if TYPE_CHECKING:
@@ -23,38 +25,65 @@ def taylor_scores(
 
     linear: its name within a block. L: cross-entropy of the next token, summed over the tokens t of the windows,
     (length,) int64 each. Matrix products and their gradients are of the working type, and no weight gets a gradient.
-    Raises NumericalError naming the linear where a score is not finite.
+    Raises NumericalError naming the block or the linear where states or gradients are not finite.
     Molchanov et al. 2017, arXiv:1611.06440, eq. 8; the absolute value is taken per token, not per window.
     """
     blocks = model.module.get_submodule(model.facts.architecture.blocks)
     scores = [torch.zeros(block.get_submodule(linear).in_features // size) for block in blocks]
-    inputs: dict[int, Tensor] = {}
+    for index, X, gradient in gradients(model, windows, linear, progress):
+        change = (X * gradient).view(-1, len(scores[index]), size).sum(dim=2)
+        scores[index] += change.abs().sum(dim=0)
+    return scores
+
+
+def gradients(
+    model: Model, windows: Sequence[Tensor], linear: str, progress: Progress, of_output: bool = False
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Per window and block: its index, the inputs of a linear (tokens, m) float32, and the loss's gradient by them.
+
+    of_output: outputs (tokens, n) instead of inputs. Products and arguments as in `taylor_scores`.
+    """
+    name = model.facts.architecture.blocks
+    watched: dict[int, Tensor] = {}
 
     def keep(index: int, X: Tensor) -> None:
-        X.retain_grad()
-        inputs[index] = X
+        if X.requires_grad:  # not where a block is looked for
+            X.retain_grad()
+            watched[index] = X
+
+    def watch(index: int, module: nn.Module) -> RemovableHandle:
+        if of_output:
+            return module.register_forward_hook(lambda _, args, out: keep(index, out))
+        return module.register_forward_pre_hook(lambda _, args: keep(index, args[0]))
 
     hooks = [model.module.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())]
-    hooks += [
-        block.get_submodule(linear).register_forward_pre_hook(lambda _, args, i=i: keep(i, args[0]))
-        for i, block in enumerate(blocks)
-    ]
+    hooks += [watch(i, block.get_submodule(linear)) for i, block in enumerate(model.module.get_submodule(name))]
     try:
         with _frozen(model.module):
             for done, window in enumerate(windows):
                 progress("gradients", done / len(windows))
-                _loss(model, window).backward()  # type: ignore[no-untyped-call]
-                for i, X in inputs.items():
+                loss = _loss(model, window)
+                if not finite(loss):
+                    _name_the_block(model, window)
+                loss.backward()  # type: ignore[no-untyped-call]
+                for index, X in watched.items():
                     assert X.grad is not None
-                    change = (X.detach().float() * X.grad.float()).view(-1, len(scores[i]), size).sum(dim=2)
-                    scores[i] += change.abs().sum(dim=0)
+                    gradient = X.grad.flatten(0, -2).float()
+                    if not finite(gradient):
+                        raise NumericalError(f"{name}.{index}.{linear}: non-finite gradients")
+                    yield index, X.detach().flatten(0, -2).float(), gradient
     finally:
         for hook in hooks:
             hook.remove()
-    for i, score in enumerate(scores):
-        if not bool(torch.isfinite(score).all()):
-            raise NumericalError(f"{model.facts.architecture.blocks}.{i}.{linear}: non-finite gradients")
-    return scores
+
+
+def _name_the_block(model: Model, window: Tensor) -> None:
+    """Raise NumericalError for the first block that leaves non-finite states, or for the loss."""
+    from compress.blocks import walk
+
+    for block in walk(model, [window]):
+        block.advance()
+    raise NumericalError("non-finite loss on the calibration data")
 
 
 def _loss(model: Model, window: Tensor) -> Tensor:

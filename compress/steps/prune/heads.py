@@ -80,12 +80,12 @@ class Heads(Removal):
             return
         refuse_unready(model, context, self.name)
         reader = reader_of(before.architecture, "q")
-        taylor = self.taylor(model, context, reader, before.head_size)
+        felt = self.felt(model, context, reader, before.head_size)
         part: Any
         config = model.module.config
         smaller = _with_heads(copy.deepcopy(config), before, after)
         for block, twin in beside(model, context, self):
-            self._cut(before, after, block, twin, reader, taylor[block.index])
+            self._cut(before, after, block, twin, reader, felt[block.index])
             for part in block.module.modules():
                 if hasattr(part, "config"):  # some read their counts there, while later blocks still have them all
                     part.config = smaller
@@ -100,7 +100,7 @@ class Heads(Removal):
         )
 
     def _cut(
-        self, before: Facts, after: Facts, block: Block, twin: Block | None, reader: str, taylor: Tensor | None
+        self, before: Facts, after: Facts, block: Block, twin: Block | None, reader: str, felt: Tensor | None
     ) -> None:
         """Choose heads by the inputs of the linear that reads them, then cut every linear of the attention."""
         from compress.numerics.neurons import highest_groups, with_neighbours
@@ -111,7 +111,7 @@ class Heads(Removal):
         name = f"{before.architecture.blocks}.{block.index}.{reader}"
         sums = moments(block, name, stream_behind(twin, name))
         tensor, W = f"{name}.weight", block.linears[name].weight.detach()
-        worth = require_finite(self.scores(W, sums[0], taylor, before.head_size), tensor, self.name)
+        worth = require_finite(self.scores(W, sums[0], felt, before.head_size), tensor, self.name)
         kv, q = highest_groups(worth.view(before.kv_heads, -1), after.kv_heads, after.heads // after.kv_heads)
         kept = with_neighbours(q, before.head_size)
         V = W[:, kept] if self.update == "none" else refit(self.name, tensor, W, sums, kept, self.ridge)

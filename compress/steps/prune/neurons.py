@@ -9,7 +9,7 @@ from pydantic import Field
 
 from compress.errors import RecipeError
 from compress.interfaces import Context
-from compress.steps.prune._removal import Removal
+from compress.steps.prune._removal import Criterion, Removal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +29,9 @@ class Neurons(Removal):
     """
 
     name: ClassVar[str] = "prune.neurons"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
+    criterion: Criterion = "fisher"
     ridge: float = Field(0.1, gt=0, lt=1, allow_inf_nan=False)
     random_tokens: float = Field(0.125, ge=0, le=1, allow_inf_nan=False)
     fraction: float = Field(ge=0, lt=1, allow_inf_nan=False)
@@ -61,9 +62,9 @@ class Neurons(Removal):
             return
         refuse_unready(model, context, self.name)
         reader = reader_of(model.facts.architecture, "mlp")
-        taylor = self.taylor(model, context, reader)
+        felt = self.felt(model, context, reader)
         for block, twin in beside(model, context, self):
-            self._narrow(model, block, twin, reader, width, taylor[block.index])
+            self._narrow(model, block, twin, reader, width, felt[block.index])
         setattr(model.module.config, model.facts.architecture.keys["mlp"], width)
         model.reshaped()
         context.notes.append(f"{self.name}: {width} of {before} MLP channels remain in each block")
@@ -74,7 +75,7 @@ class Neurons(Removal):
         return kept_width(self.fraction, facts.sizes["mlp"], self.round_to)
 
     def _narrow(
-        self, model: Model, block: Block, twin: Block | None, reader: str, width: int, taylor: Tensor | None
+        self, model: Model, block: Block, twin: Block | None, reader: str, width: int, felt: Tensor | None
     ) -> None:
         """Choose channels by the inputs of the linear that reads them, then cut every linear of the MLP."""
         from compress.numerics.neurons import highest
@@ -85,7 +86,7 @@ class Neurons(Removal):
         name = f"{model.facts.architecture.blocks}.{block.index}.{reader}"
         sums = moments(block, name, stream_behind(twin, name))
         tensor, W = f"{name}.weight", block.linears[name].weight.detach()
-        kept = highest(require_finite(self.scores(W, sums[0], taylor), tensor, self.name), width)
+        kept = highest(require_finite(self.scores(W, sums[0], felt), tensor, self.name), width)
         V = W[:, kept] if self.update == "none" else refit(self.name, tensor, W, sums, kept, self.ridge)
         select_axis(model.facts, block.module, {"mlp": kept})
         block.linears[name].weight.data.copy_(V)

@@ -1,0 +1,40 @@
+"""Which errors of a linear's output the loss feels: the directions of its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.batching import first_holding
+from compress.steps.prune._taylor import gradients
+
+if TYPE_CHECKING:
+    from compress.interfaces import Progress
+    from compress.model import Model
+
+TOKENS_PER_CHANNEL = 28  # of the output: enough for its second moments
+
+
+def output_fisher(
+    model: Model, windows: Sequence[Tensor], linear: str, progress: Progress = lambda label, fraction: None
+) -> list[Tensor]:
+    """Mean of g gᵀ / ‖g‖² over tokens per block, (n, n) float32, with g the loss's gradient by the linear's output.
+
+    linear: its name within a block. windows: (length,) int64 each, of which the first are read, those that hold 28
+    tokens per channel of the output, or all. Without ‖g‖² these are the factors for outputs of Martens & Grosse 2015,
+    arXiv:1503.05671, eq. 1; tokens count alike here, as the few that the loss depends on most would decide for all.
+    Raises NumericalError naming the block or the linear where states or gradients are not finite.
+    """
+    blocks = model.module.get_submodule(model.facts.architecture.blocks)
+    n = blocks[0].get_submodule(linear).out_features
+    found = [torch.zeros(n, n) for _ in blocks]
+    read = windows[: first_holding(TOKENS_PER_CHANNEL * n, map(len, windows))]
+    tokens = sum(map(len, read))
+    for index, _, g in gradients(model, read, linear, progress, of_output=True):
+        size = g.norm(dim=1, keepdim=True)
+        g = g / torch.where(size == 0, 1.0, size)
+        found[index].addmm_(g.T, g, alpha=1 / tokens)
+    return found
