@@ -116,6 +116,9 @@ def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[st
         if step.recovers and rounding is not None:
             message = f"trains after steps[{k}] {rounding.name} rounds what the model computes, which has no gradient"
             raise _refusal(recipe, path, f"{message}; move it before steps[{k}]")
+        if differentiates(step) and rounding is not None:
+            message = f"takes gradients after steps[{k}] {rounding.name} rounds what the model computes, which has none"
+            raise _refusal(recipe, path, f"{message}; move it before steps[{k}] or choose another criterion")
         if pruning := next((attempt for attempt in earlier.attempts if attempt.masks), None):
             _check_zeros(recipe, path, step, shapes, f"steps[{k}] {pruning.name}")
         packing = next((attempt for attempt in earlier.attempts if attempt.packs), None)
@@ -127,6 +130,11 @@ def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[st
             raise _refusal(recipe, path, f"trains after {before}; move it before steps[{k}]")
         if step.masks:
             raise _refusal(recipe, path, f"prunes after {before}; move it before steps[{k}]")
+
+
+def differentiates(step: Step) -> bool:
+    """Whether a step that trains nothing chooses by the gradients of the loss."""
+    return getattr(step, "criterion", None) in ("fisher", "taylor")
 
 
 def _check_zeros(

@@ -13,6 +13,7 @@ from compress.cli import _plan_lines
 from compress.decisions import minimum_detectable
 from compress.errors import RecipeError
 from compress.recipe import Recipe, load
+from compress.recipe_data import requests
 
 # SmolLM2-135M's config: 576 and 1,536 input channels, a tied head.
 CONFIG = {
@@ -131,6 +132,33 @@ def test_masks_and_codes_fix_the_shapes(reshaping: str, earlier: str, held: str)
     )
     assert f"{name} has {held}" in message and message.endswith("move it before steps[0]")
     assert refusals.check(recipe(f"{reshaping}  - {earlier}\n"), SMOL) == []
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "taylor", "activation"])
+def test_no_gradient_chooses_what_goes_once_the_cache_is_rounded(criterion: str) -> None:
+    cache = "  - quantize.kv_cache: {}\n"
+    narrow = f"  - prune.neurons: {{fraction: 0.25, criterion: {criterion}}}\n"
+    assert refusals.check(recipe(narrow + cache), SMOL) == []
+    if criterion == "activation":
+        assert refusals.check(recipe(cache + narrow), SMOL) == []
+        return
+    message = refusal(recipe(cache + narrow))
+    assert message.startswith(
+        "recipe.yaml:10:5  steps[1] prune.neurons: takes gradients after steps[0] quantize.kv_cache"
+    )
+    assert message.endswith("which has none; move it before steps[0] or choose another criterion")
+
+
+def test_the_plan_counts_what_gradients_take() -> None:
+    recipes = {c: recipe(f"  - prune.neurons: {{fraction: 0.25, criterion: {c}}}\n") for c in ("fisher", "activation")}
+    found, plain = (plan._memory_bytes(r, SMOL, r.steps[0]) for r in recipes.values())
+    # 49 kB per token and block, three rows of logits, half of the weights, G of every block; longest: a window
+    longest = max(request.length for request in requests(recipes["fisher"]))
+    left = longest * (30 * 4 * (8 * 576 + 5 * 1536) + 3 * 4 * 49152) + 2 * SMOL.parameters + 30 * 4 * 576**2
+    assert found - plain == left
+    calibration = [plan.Text("calibration", "wiki", 1, 1_000.0)]
+    seconds = [plan._step_seconds(r.steps[0].step, SMOL, calibration) for r in recipes.values()]
+    assert seconds[0] == 2 * seconds[1] > 0
 
 
 def test_later_steps_are_judged_on_the_shapes_that_any_attempt_before_may_leave() -> None:

@@ -24,8 +24,8 @@ def wanda_channel_scores(W: Tensor, H: Tensor) -> Tensor:
 def fisher_channel_scores(W: Tensor, H: Tensor, G: Tensor) -> Tensor:
     """√(w_jᵀ G w_j) · ‖X_j‖₂, (m,), with w_j the columns of W: what the loss feels of each channel's removal.
 
-    G: (n, n), second moments of the loss's gradient by the output. The loss's second derivative by W is taken for the
-    Kronecker product of H and G, as in Martens & Grosse 2015, arXiv:1503.05671, eq. 1.
+    G: (n, n), second moments of the loss's gradient by the output. The Fisher matrix of W is taken for the Kronecker
+    product of H and G, as in Martens & Grosse 2015, arXiv:1503.05671.
     """
     return ((G @ W) * W).sum(dim=0).clamp(min=0).sqrt() * H.diagonal().clamp(min=0).sqrt()
 

@@ -207,7 +207,8 @@ def test_later_steps_see_the_new_shapes():
 # --- neurons ----------------------------------------------------------------------------------------------
 
 
-def test_channels_that_add_nothing_go_and_the_function_stays():
+@pytest.mark.parametrize("criterion", ["activation", "wanda", "fisher", "taylor"])
+def test_channels_that_add_nothing_go_and_the_function_stays(criterion):
     model = tiny_model()
     silent = [torch.randperm(64, generator=torch.Generator().manual_seed(i))[:32] for i in range(2)]
     for i in range(2):
@@ -217,7 +218,8 @@ def test_channels_that_add_nothing_go_and_the_function_stays():
     rows = {i: model.parameter(f"model.layers.{i}.mlp.gate_proj.weight").detach()[kept[i]] for i in range(2)}
     for update in ("none", "output", "stream"):
         notes: list[str] = []
-        narrow = reshaped("prune.neurons", {"fraction": 0.5, "update": update}, tiny_copy(model), notes)
+        fields = {"fraction": 0.5, "update": update, "criterion": criterion}
+        narrow = reshaped("prune.neurons", fields, tiny_copy(model), notes)
         for i in range(2):
             assert torch.equal(narrow.parameter(f"model.layers.{i}.mlp.gate_proj.weight"), rows[i])
         torch.testing.assert_close(logits(narrow), expected, rtol=1e-4, atol=1e-4)

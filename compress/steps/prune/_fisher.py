@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compress.batching import first_holding
+from compress.errors import NumericalError
 from compress.steps.prune._taylor import gradients
 
 if TYPE_CHECKING:
@@ -24,17 +26,23 @@ def output_fisher(
     """Mean of g gᵀ / ‖g‖² over tokens per block, (n, n) float32, with g the loss's gradient by the linear's output.
 
     linear: its name within a block. windows: (length,) int64 each, of which the first are read, those that hold 28
-    tokens per channel of the output, or all. Without ‖g‖² these are the factors for outputs of Martens & Grosse 2015,
-    arXiv:1503.05671, eq. 1; tokens count alike here, as the few that the loss depends on most would decide for all.
-    Raises NumericalError naming the block or the linear where states or gradients are not finite.
+    tokens per channel of the output, or all. Without ‖g‖², and with targets drawn from the model instead of the texts'
+    own next tokens, these are the factors for outputs of Martens & Grosse 2015, arXiv:1503.05671; tokens count alike
+    here, as the few that the loss depends on most would decide for all. Raises NumericalError naming the block or the
+    linear where states or gradients are not finite, or where there are no gradients.
     """
     blocks = model.module.get_submodule(model.facts.architecture.blocks)
     n = blocks[0].get_submodule(linear).out_features
     found = [torch.zeros(n, n) for _ in blocks]
     read = windows[: first_holding(TOKENS_PER_CHANNEL * n, map(len, windows))]
     tokens = sum(map(len, read))
-    for index, _, g in gradients(model, read, linear, progress, of_output=True):
-        size = g.norm(dim=1, keepdim=True)
-        g = g / torch.where(size == 0, 1.0, size)
-        found[index].addmm_(g.T, g, alpha=1 / tokens)
+    with closing(gradients(model, read, linear, progress, of_output=True)) as passes:
+        for index, _, g in passes:
+            size = g.norm(dim=1, keepdim=True)
+            g = g / torch.where(size == 0, 1.0, size)
+            found[index].addmm_(g.T, g, alpha=1 / tokens)
+    for index, G in enumerate(found):
+        if not G.any():
+            name = f"{model.facts.architecture.blocks}.{index}.{linear}"
+            raise NumericalError(f"{name}: no gradient reaches its output on the calibration data")
     return found

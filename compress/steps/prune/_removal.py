@@ -37,7 +37,8 @@ class Removal(Step):
     to that of the model before this step (`stream`), which also makes up for what earlier blocks have lost.
     ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
     random_tokens: windows of tokens drawn from the whole vocabulary by Zipf's law join the calibration, so many per
-    token of it, so that channels count which answer to what its texts lack. Gradients are of the calibration alone.
+    token of it, so that channels count which answer to what its texts lack. Gradients are of the calibration alone, for
+    `fisher` of its first 28 tokens per output of W.
     """
 
     reshapes: ClassVar[bool] = True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,15 +31,16 @@ def taylor_scores(
     """
     blocks = model.module.get_submodule(model.facts.architecture.blocks)
     scores = [torch.zeros(block.get_submodule(linear).in_features // size) for block in blocks]
-    for index, X, gradient in gradients(model, windows, linear, progress):
-        change = (X * gradient).view(-1, len(scores[index]), size).sum(dim=2)
-        scores[index] += change.abs().sum(dim=0)
+    with closing(gradients(model, windows, linear, progress)) as found:
+        for index, X, gradient in found:
+            change = (X * gradient).view(-1, len(scores[index]), size).sum(dim=2)
+            scores[index] += change.abs().sum(dim=0)
     return scores
 
 
 def gradients(
     model: Model, windows: Sequence[Tensor], linear: str, progress: Progress, of_output: bool = False
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+) -> Generator[tuple[int, Tensor, Tensor]]:
     """Per window and block: its index, the inputs of a linear (tokens, m) float32, and the loss's gradient by them.
 
     of_output: outputs (tokens, n) instead of inputs. Products and arguments as in `taylor_scores`.
@@ -62,10 +64,11 @@ def gradients(
         with _frozen(model.module):
             for done, window in enumerate(windows):
                 progress("gradients", done / len(windows))
-                loss = _loss(model, window)
-                if not finite(loss):
-                    _name_the_block(model, window)
-                loss.backward()  # type: ignore[no-untyped-call]
+                with torch.inference_mode(False), torch.enable_grad():
+                    loss = _loss(model, window.clone())  # one made without gradients cannot be saved
+                    if not finite(loss.detach()):
+                        _name_the_block(model, window)
+                    loss.backward()  # type: ignore[no-untyped-call]
                 for index, X in watched.items():
                     assert X.grad is not None
                     gradient = X.grad.flatten(0, -2).float()
