@@ -143,9 +143,8 @@ def test_no_gradient_chooses_what_goes_once_the_cache_is_rounded(criterion: str)
         assert refusals.check(recipe(cache + narrow), SMOL) == []
         return
     message = refusal(recipe(cache + narrow))
-    assert message.startswith(
-        "recipe.yaml:10:5  steps[1] prune.neurons: takes gradients after steps[0] quantize.kv_cache"
-    )
+    place = "recipe.yaml:10:5  steps[1] prune.neurons"
+    assert message.startswith(f"{place}: takes gradients after steps[0] quantize.kv_cache")
     assert message.endswith("which has none; move it before steps[0] or choose another criterion")
 
 

@@ -152,22 +152,33 @@ def test_pruning_twice_goes_on_from_the_smaller_model():
     assert (model.facts.heads, model.facts.kv_heads, model.facts.head_size) == (1, 1, HEAD)
 
 
+def after_backward(model: Model, linear: str, window: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and outputs of a linear by block, which hold the gradients of one window's loss, in float32."""
+    seen = {}
+
+    def keep(i: int, X: torch.Tensor, out: torch.Tensor) -> None:
+        X.retain_grad()
+        out.retain_grad()
+        seen[i] = (X, out)
+
+    hooks = [
+        model.module.get_submodule(f"model.layers.{i}.{linear}").register_forward_hook(
+            lambda _, args, out, i=i: keep(i, args[0], out)
+        )
+        for i in range(2)
+    ]
+    logits = model.module(window[None]).logits[0]
+    torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def plain_taylor(model: Model, linear: str, size: int) -> list[list[float]]:
     """Autograd on one window at a time, in float32, and loops."""
     found = [[0.0] * (model.module.get_submodule(f"model.layers.{i}.{linear}").in_features // size) for i in range(2)]
     for window in windows():
-        inputs = {}
-        hooks = [
-            model.module.get_submodule(f"model.layers.{i}.{linear}").register_forward_pre_hook(
-                lambda _, args, i=i, seen=inputs: seen.__setitem__(i, args[0]) or args[0].retain_grad()
-            )
-            for i in range(2)
-        ]
-        out = model.module(window[None]).logits[0]
-        torch.nn.functional.cross_entropy(out[:-1], window[1:], reduction="sum").backward()
-        for hook in hooks:
-            hook.remove()
-        for i, X in inputs.items():
+        for i, (X, _) in after_backward(model, linear, window).items():
             for t in range(X.shape[1]):
                 for c in range(len(found[i])):
                     at = slice(c * size, (c + 1) * size)
@@ -190,18 +201,7 @@ def plain_fisher(model: Model, linear: str, read: list[torch.Tensor]) -> list[to
     """Autograd on one window at a time, in float32, and loops."""
     sums = [0.0, 0.0]
     for window in read:
-        outputs = {}
-        hooks = [
-            model.module.get_submodule(f"model.layers.{i}.{linear}").register_forward_hook(
-                lambda _, args, out, i=i, seen=outputs: seen.__setitem__(i, out) or out.retain_grad()
-            )
-            for i in range(2)
-        ]
-        logits = model.module(window[None]).logits[0]
-        torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum").backward()
-        for hook in hooks:
-            hook.remove()
-        for i, out in outputs.items():
+        for i, (_, out) in after_backward(model, linear, window).items():
             for g in out.grad[0]:
                 sums[i] = sums[i] + torch.outer(g, g) / max(float(g @ g), 1e-30)
     return [total / sum(map(len, read)) for total in sums]
