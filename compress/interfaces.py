@@ -187,6 +187,10 @@ class Step(Plugin, ABC):
         """How keys and values will be rounded in every forward pass; None for most steps."""
         return None
 
+    def gradient_bytes(self, facts: Facts) -> int:
+        """What a step that trains nothing keeps of the loss's gradients; 0 for most, which take none."""
+        return 0
+
     def facts_after(self, facts: Facts) -> Facts:
         """What will be known of the model once this step has changed its shapes."""
         return facts
@@ -294,10 +298,7 @@ class Evaluator(Plugin, ABC):
 
     @property
     def forbids_any_loss(self) -> bool:
-        """Whether a proven loss fails it on any source, within the margin or not, corrected for their number.
-
-        For checks that are decided by "betting".
-        """
+        """Whether a proven loss fails it on any source, however small, corrected for their number; "betting" only."""
         return False
 
     @property

@@ -15,7 +15,7 @@ from compress.encodings import Encoding
 from compress.interfaces import Documents, Evaluator, Step
 from compress.recipe import Recipe, StepEntry
 from compress.recipe_data import evaluation, requests
-from compress.refusals import check, check_documents, differentiates
+from compress.refusals import check, check_documents
 
 CHARACTERS_PER_TOKEN = 4.5  # of English text under vocabularies of 30,000 to 150,000 tokens
 
@@ -60,8 +60,8 @@ MEMORY_BASIS = (
     f"an upper estimate: libraries ({LIBRARY_BYTES / 1e6:.0f} MB), float32 weights of the model and of its "
     "reference, logits of one window of both (of one, where it is long), two Hessians of the widest input where "
     "calibration is used, gradients and two moments of every weight where a step trains, another copy of the weights "
-    "where one fits them to the residual stream, and where gradients choose what goes, what one window leaves behind "
-    "for them in every block, its logits thrice, half of the weights, and second moments of every block's output"
+    "where one fits them to the residual stream, and where gradients choose, what one window leaves behind for them in "
+    "every block, its logits thrice, half of the weights, and what the step keeps of them"
 )
 
 
@@ -160,7 +160,7 @@ def _step_seconds(step: Step, facts: Facts, texts: Sequence[Text]) -> float | No
         budget = getattr(step, "tokens", None)
         return _forward_seconds(facts, 4 * budget) if isinstance(budget, int) else None
     calibration = sum(t.tokens for t in texts if t.role == "calibration")
-    passes = 6 if differentiates(step) else 3
+    passes = 6 if step.gradient_bytes(facts) else 3
     return _forward_seconds(facts, passes * calibration if step.uses_calibration else 0)
 
 
@@ -192,10 +192,10 @@ def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
         total += 3 * weights
     if any(getattr(step, "update", None) == "stream" for step in entry.attempts):
         total += weights
-    if any(differentiates(step) for step in entry.attempts):
+    if kept := max(step.gradient_bytes(facts) for step in entry.attempts):
         residual, mlp = facts.sizes["residual"], facts.sizes["mlp"]
         left = facts.layers * (8 * residual + 5 * mlp) + 3 * facts.vocabulary  # per token: 49 kB a block, measured
-        total += weights // 2 + 4 * longest * left + 4 * facts.layers * residual**2
+        total += weights // 2 + 4 * longest * left + kept
     return total
 
 

@@ -116,9 +116,10 @@ def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[st
         if step.recovers and rounding is not None:
             message = f"trains after steps[{k}] {rounding.name} rounds what the model computes, which has no gradient"
             raise _refusal(recipe, path, f"{message}; move it before steps[{k}]")
-        if differentiates(step) and rounding is not None:
+        if rounding is not None and any(step.gradient_bytes(facts) for facts in shapes):
             message = f"takes gradients after steps[{k}] {rounding.name} rounds what the model computes, which has none"
-            raise _refusal(recipe, path, f"{message}; move it before steps[{k}] or choose another criterion")
+            other = " or choose another criterion" if "criterion" in type(step).model_fields else ""
+            raise _refusal(recipe, path, f"{message}; move it before steps[{k}]{other}")
         if pruning := next((attempt for attempt in earlier.attempts if attempt.masks), None):
             _check_zeros(recipe, path, step, shapes, f"steps[{k}] {pruning.name}")
         packing = next((attempt for attempt in earlier.attempts if attempt.packs), None)
@@ -130,11 +131,6 @@ def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[st
             raise _refusal(recipe, path, f"trains after {before}; move it before steps[{k}]")
         if step.masks:
             raise _refusal(recipe, path, f"prunes after {before}; move it before steps[{k}]")
-
-
-def differentiates(step: Step) -> bool:
-    """Whether a step that trains nothing chooses by the gradients of the loss."""
-    return getattr(step, "criterion", None) in ("fisher", "taylor")
 
 
 def _check_zeros(

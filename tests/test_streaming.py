@@ -16,7 +16,7 @@ from compress.model import Model
 from compress.plugin import step
 from compress.store import Store
 from export._llama_cpp import find
-from tests.test_plan import HEAD, SMOL, recipe, refusal
+from tests.recipes import HEAD, SMOL, recipe, refusal
 from tests.tiny import WORDS
 from tests.tiny_gguf import tiny
 

@@ -15,7 +15,7 @@ from compress.plugin import exporter, step
 from compress.rounding import InputRounding
 from export import _gguf_cache
 from tests import tiny_gguf, tiny_onnx
-from tests.test_plan import SMOL, recipe, refusal
+from tests.recipes import SMOL, recipe, refusal
 from tests.tiny_gguf import kl
 
 pytestmark = pytest.mark.usefixtures("one_thread")

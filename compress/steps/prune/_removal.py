@@ -49,6 +49,11 @@ class Removal(Step):
     ridge: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
     random_tokens: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
 
+    def gradient_bytes(self, facts: Facts) -> int:
+        """Of every block, the second moments of W's output (`fisher`), or the scores of the channels (`taylor`)."""
+        kept = {"fisher": facts.sizes["residual"] ** 2, "taylor": facts.sizes["mlp"]}
+        return 4 * facts.layers * kept.get(self.criterion, 0)
+
     def check_update(self, facts: Facts) -> None:
         """Refuse the update that a norm behind the reading linear makes meaningless."""
         from compress.steps.prune._structure import refuse_post_norms

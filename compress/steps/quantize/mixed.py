@@ -83,6 +83,10 @@ class Mixed(Step):
         codes = [self._all(facts, choice) for choice in self.choices]
         return {**found, **{f"{name}.weight": [encodings[name] for encodings in codes] for name in facts.linears}}
 
+    def gradient_bytes(self, facts: Facts) -> int:
+        """Squares of every linear's."""
+        return 4 * sum(n * m for n, m in facts.linears.values())
+
     def apply(self, model: Model, context: Context) -> None:
         """Score, solve, and let the method quantize as the table says."""
         self.check(model.facts)
