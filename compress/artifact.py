@@ -181,7 +181,7 @@ def load(folder: Path, dtype: str = "float32") -> Model:
         module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = model_of(module, tokenizer, dtype, name=facts["name"], shelf=shelf)
-    model.encoded.update(encoded)
+    (model.encoded.update if shelf is None else shelf.encoded.hold)(encoded)
     model.masks = masks
     _round(model, facts.get("rounding", {}))
     model.importance = Importance(**facts["importance"]) if "importance" in facts else None
@@ -204,7 +204,7 @@ def _shelf(folder: Path, module: Any, specs: Mapping[str, Any]) -> Shelf:
         own = {name: spec for name, spec in specs.items() if name.startswith(f"{blocks}.{index}.")}
         return unflatten(load_file(folder / _block_file(index)), own)
 
-    shelf = Shelf(blocks, module.get_submodule(blocks), read)
+    shelf = Shelf(module, blocks, read)
     shelf.encoded.announce({name: encoding_of(spec) for name, spec in specs.items()})
     return shelf
 

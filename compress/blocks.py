@@ -272,6 +272,8 @@ def walk(
     assert isinstance(blocks, nn.ModuleList)
     stacked = torch.stack(list(windows))
     states, arguments = enter(model, list(torch.split(stacked, windows_per_batch)))
+    if model.shelf is not None:
+        model.shelf.set_aside()
     untouched = [X.clone() for X in states[: first_holding(originals, (X.shape[:2].numel() for X in states))]]
     reuse = Reuse()
     for index, module in enumerate(blocks):
@@ -441,8 +443,7 @@ def enter(model: Model, batches: list[Tensor]) -> tuple[list[Tensor], list[Argum
 
 def _of_one(argument: Any) -> Any:
     """A mask of one window where it is one of several."""
-    masks = isinstance(argument, Tensor) and argument.dim() == 4
-    return argument[:1] if masks else argument
+    return argument[:1] if isinstance(argument, Tensor) and argument.dim() == 4 else argument
 
 
 def _unchanged(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -184,10 +184,11 @@ class EncodedTensor:
 
             grid = CodebookGrid(self.encoding.name, self.scales)
             return grid.decode(self.codes.view(n, self.scales.shape[1], -1)).view(n, m)
-        grouped = self.codes.float().view(n, self.scales.shape[1], -1)
+        grouped = self.codes.float().view(n, self.scales.shape[1], -1)  # memory of its own: codes are integers
         if self.zero_points is not None:
-            grouped = grouped - self.zero_points.float().unsqueeze(-1)
-        return (grouped * self.scales.float().unsqueeze(-1)).view(n, m)
+            grouped -= self.zero_points.float().unsqueeze(-1)
+        grouped *= self.scales.float().unsqueeze(-1)
+        return grouped.view(n, m)
 
     @property
     def nominal_bytes(self) -> float:

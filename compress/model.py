@@ -115,8 +115,8 @@ class Model:
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter called `name`, e.g. "model.layers.0.mlp.up_proj.weight"."""
-        if self.shelf is not None and (block := self.shelf.index(name)) is not None:
-            self.shelf.need(block)
+        if self.shelf is not None:
+            self.shelf.fetch(name)
         parameter = self.module.get_parameter(name)
         assert isinstance(parameter, nn.Parameter)
         return parameter

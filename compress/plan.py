@@ -180,9 +180,10 @@ def _gate_seconds(entry: StepEntry, facts: Facts, datasets: Sequence[Documents])
 
 def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
     weights = 4 * facts.parameters
-    if recipe.streaming:  # embeddings, a block, and as much again while it is read or rounded
+    if recipe.streaming:  # one matrix outside the blocks, a block, and as much again while it is read or rounded
         blocks = sum(n * m for n, m in facts.linears.values())
-        weights = 4 * (facts.parameters - blocks + 2 * blocks // facts.layers)
+        outside = facts.matrices.keys() - {f"{name}.weight" for name in facts.linears}
+        weights = 4 * (max(math.prod(facts.matrices[name]) for name in outside) + 2 * blocks // facts.layers)
     longest = max(request.length for request in requests(recipe))
     rows = max(2 * longest, *(c.window for c in (*entry.gate, *recipe.release)))  # a fixed set is read by one at a time
     total = LIBRARY_BYTES + 2 * weights + 4 * rows * facts.vocabulary

@@ -316,13 +316,12 @@ def _stream_folder(source: Source, dtype: str) -> Model:
     missing, unknown = set(names) - weights.files.keys(), weights.files.keys() - tied
     _require_every_tensor(source.path, {"missing_keys": missing, "unexpected_keys": unknown})
     blocks = Facts.from_config(loaded.to_dict()).architecture.blocks
-    shelf = Shelf(blocks, module.get_submodule(blocks), lambda i: weights.read(shelf.names(i)))
+    shelf = Shelf(module, blocks, lambda i: weights.read(shelf.names(i)))
     shelf.encoded.announce(weights.encodings(names))
     floats, encoded = weights.read([name for name in names if shelf.index(name) is None])
     materialize(module, {**floats, **{name: tensor.decode() for name, tensor in encoded.items()}}, shelf)
-    model = Model(module, tokenizer, dtype, _name(source), shelf=shelf)
-    model.encoded.update(encoded)
-    return model
+    shelf.encoded.hold(encoded)
+    return Model(module, tokenizer, dtype, _name(source), shelf=shelf)
 
 
 def _require_every_tensor(path: Path, found: Mapping[str, Any]) -> None:

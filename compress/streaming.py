@@ -2,7 +2,8 @@
 
 A block is read when something asks for it (a forward pass, a parameter, an encoded tensor), and the one before it is
 then let go: written to a folder of the model's own where it was changed. Whoever walks the blocks in order, as steps
-and forward passes do, reads each once.
+and forward passes do, reads each once. Embeddings and output head come and go in the same way, one at a time beside the
+block, and not even that while a walk is on its way.
 """
 
 from __future__ import annotations
@@ -30,17 +31,21 @@ Content = tuple[dict[str, Tensor], dict[str, EncodedTensor]]
 
 
 class Shelf:
-    """The blocks of one module, `modules` in order, of which at most one is in memory.
+    """The blocks of a module, of which at most one is in memory, and at most one of its other matrices.
 
-    read: what a block holds at first, by its index. encoded: by name, of the whole model; those of blocks come and go
-    with their block.
+    blocks: where in the module they are. read: what a block holds at first, by its index. encoded: by name, of the
+    whole model; those of blocks come and go with their block.
     """
 
-    def __init__(self, blocks: str, modules: Iterable[nn.Module], read: Callable[[int], Content]):
-        self._blocks, self._modules, self._read = blocks, list(modules), read
+    def __init__(self, module: nn.Module, blocks: str, read: Callable[[int], Content]):
+        found = module.get_submodule(blocks)
+        assert isinstance(found, nn.ModuleList)
+        self._module, self._blocks, self._modules, self._read = module, blocks, list(found), read
         self._resident: int | None = None
         self._dirty = False
         self._specs: dict[int, dict[str, Any]] = {}  # of the blocks that were written back
+        self._outside: dict[str, list[tuple[nn.Module, str]]] = {}  # matrix → the modules that hold it, and as what
+        self._outside_specs: dict[str, Any] = {}  # of those that are on disk as they are
         self._folder = Path(tempfile.mkdtemp(prefix="compress-blocks-"))
         self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.encoded = Encoded(self)
@@ -48,7 +53,7 @@ class Shelf:
             module.register_forward_pre_hook(lambda _, args, index=index: self.need(index))
 
     def index(self, name: str) -> int | None:
-        """The block that holds a tensor; None for one that is always in memory."""
+        """The block that holds a tensor; None for one outside the blocks."""
         if not name.startswith(f"{self._blocks}."):
             return None
         return int(name[len(self._blocks) + 1 :].partition(".")[0])
@@ -58,8 +63,65 @@ class Shelf:
         return [f"{self._blocks}.{index}.{name}" for name, _ in self._modules[index].named_parameters()]
 
     def changed(self) -> None:
-        """Write the block in memory back before it is let go."""
+        """Write what is in memory back before it is let go."""
         self._dirty = self._resident is not None
+        for name, places in self._outside.items():
+            if not getattr(*places[0]).is_meta:
+                self._outside_specs.pop(name, None)
+
+    def fetch(self, name: str) -> None:
+        """Have the tensor in memory."""
+        if (index := self.index(name)) is not None:
+            self.need(index)
+        elif name in self._matrices():
+            self._bring_back(name)
+
+    def set_aside(self) -> None:
+        """Let go of the matrices outside the blocks, embeddings and head, until something asks for one of them."""
+        self._keep_only("")
+        return_freed_memory()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _bring_back(self, name: str) -> None:
+        """Have a matrix outside the blocks in memory, in the place of the one that is."""
+        self._keep_only(name)
+        if not getattr(*self._outside[name][0]).is_meta:
+            return
+        floats, encoded = unflatten(load_file(self._path(name)), self._outside_specs[name])
+        _share(self._outside[name], floats[name] if name in floats else encoded[name].decode())
+        self.encoded.hold(encoded)
+
+    def _keep_only(self, name: str) -> None:
+        """Let go of the other matrices outside the blocks, written to disk where they are not there as they are."""
+        for other, places in self._matrices().items():
+            parameter = getattr(*places[0])
+            if other == name or parameter.is_meta:
+                continue
+            if other not in self._outside_specs:
+                held = self.encoded.held(other, parameter.detach())
+                entries, self._outside_specs[other] = flatten([(other, held)])
+                self._write(other, entries)
+            _share(places, torch.empty_like(parameter, device="meta"))
+            self.encoded.drop([other])
+
+    def _matrices(self) -> Mapping[str, list[tuple[nn.Module, str]]]:
+        """Where each matrix outside the blocks is held. From the first call on, what computes with one brings it back.
+
+        Called once weights are loaded: what is tied is one only then.
+        """
+        if self._outside:
+            return self._outside
+        names: dict[nn.Parameter, str] = {}
+        for path, module in self._module.named_modules():
+            if f"{path}.".startswith(f"{self._blocks}."):
+                continue
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2:
+                    name = names.setdefault(parameter, f"{path}.{leaf}")
+                    self._outside.setdefault(name, []).append((module, leaf))
+                    module.register_forward_pre_hook(lambda *_, name=name: self._bring_back(name))
+        return self._outside
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -68,9 +130,8 @@ class Shelf:
         if index == self._resident:
             return
         self._release()
-        path = self._folder / f"{index}.safetensors"
         if index in self._specs:
-            floats, encoded = unflatten(load_file(path), self._specs[index])
+            floats, encoded = unflatten(load_file(self._path(index)), self._specs[index])
         else:
             floats, encoded = self._read(index)
         for name in self.names(index):
@@ -86,16 +147,21 @@ class Shelf:
         names = self.names(index)
         if self._dirty:
             parameters = {f"{self._blocks}.{index}.{n}": p for n, p in self._modules[index].named_parameters()}
-            entries, specs = flatten((n, self.encoded.held(n, parameters[n].detach())) for n in names)
-            # Under another name first: tensors may still be mapped from the file that is replaced.
-            save_file(entries, self._folder / "new", metadata={"format": "pt"})
-            (self._folder / "new").replace(self._folder / f"{index}.safetensors")
-            self._specs[index] = specs
+            entries, self._specs[index] = flatten((n, self.encoded.held(n, parameters[n].detach())) for n in names)
+            self._write(index, entries)
         for name in names:
             self._place(index, name, None)
         self.encoded.drop(names)
         self._resident = None
         return_freed_memory()  # or it grows by 25 MB per block of 7 M weights
+
+    def _path(self, what: int | str) -> Path:
+        return self._folder / f"{what}.safetensors"
+
+    def _write(self, what: int | str, entries: dict[str, Tensor]) -> None:
+        """Under another name first: tensors may still be mapped from the file that is replaced."""
+        save_file(entries, self._folder / "new", metadata={"format": "pt"})
+        (self._folder / "new").replace(self._path(what))
 
     def _place(self, index: int, name: str, tensor: Tensor | None) -> None:
         """Put a tensor into its module, or its bare shape."""
@@ -104,16 +170,22 @@ class Shelf:
         old = getattr(module, leaf)
         if tensor is not None and tensor.shape != old.shape:
             raise Corrupt(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(old.shape)}")
-        fresh = torch.empty_like(old, device="meta") if tensor is None else tensor
-        setattr(module, leaf, nn.Parameter(fresh, requires_grad=False))
+        _share([(module, leaf)], torch.empty_like(old, device="meta") if tensor is None else tensor)
 
     def close(self) -> None:
         """Remove what was written back."""
         self._finalizer()
 
 
+def _share(places: Iterable[tuple[nn.Module, str]], tensor: Tensor) -> None:
+    """Make a tensor the one parameter of modules, each under a name of its own."""
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    for module, leaf in places:
+        setattr(module, leaf, parameter)
+
+
 class Encoded(MutableMapping[str, EncodedTensor]):
-    """Encoded tensors by name: knows all of them, holds those of one block and of what lies outside the blocks."""
+    """Encoded tensors by name: knows all of them, holds those that are in memory."""
 
     def __init__(self, shelf: Shelf):
         self._shelf = weakref.proxy(shelf)
@@ -130,7 +202,7 @@ class Encoded(MutableMapping[str, EncodedTensor]):
         return self._known
 
     def hold(self, tensors: Mapping[str, EncodedTensor]) -> None:
-        """Take the tensors of a block that was read."""
+        """Take tensors that were read."""
         self._held.update(tensors)
 
     def held(self, name: str, otherwise: Tensor) -> EncodedTensor | Tensor:
@@ -138,23 +210,25 @@ class Encoded(MutableMapping[str, EncodedTensor]):
         return self._held.get(name, otherwise)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Let go of the tensors of a block."""
+        """Let go of tensors."""
         for name in names:
             self._held.pop(name, None)
 
     def __getitem__(self, name: str) -> EncodedTensor:
         if name not in self._known:
             raise KeyError(name)
-        self._fetch(name)
+        self._shelf.fetch(name)
         return self._held[name]
 
     def __setitem__(self, name: str, tensor: EncodedTensor) -> None:
-        self._fetch(name)
+        self._shelf.fetch(name)
         self._known[name], self._held[name] = tensor.encoding, tensor
+        self._shelf.changed()
 
     def __delitem__(self, name: str) -> None:
-        self._fetch(name)
+        self._shelf.fetch(name)
         del self._known[name], self._held[name]
+        self._shelf.changed()
 
     def __contains__(self, name: object) -> bool:
         return name in self._known
@@ -164,10 +238,6 @@ class Encoded(MutableMapping[str, EncodedTensor]):
 
     def __len__(self) -> int:
         return len(self._known)
-
-    def _fetch(self, name: str) -> None:
-        if (index := self._shelf.index(name)) is not None:
-            self._shelf.need(index)
 
 
 class Weights:

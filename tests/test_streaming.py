@@ -10,13 +10,15 @@ import torch
 
 from compress import artifact, cli, plan, refusals, run, source
 from compress import recipe as recipes
+from compress.architectures import Facts
+from compress.blocks import walk
 from compress.errors import Corrupt, RecipeError
 from compress.interfaces import Context
 from compress.model import Model
 from compress.plugin import step
 from compress.store import Store
 from export._llama_cpp import find
-from tests.recipes import HEAD, SMOL, recipe, refusal
+from tests.recipes import CONFIG, HEAD, SMOL, recipe, refusal
 from tests.tiny import WORDS
 from tests.tiny_gguf import tiny
 
@@ -112,6 +114,52 @@ def test_what_was_changed_is_written_back_again_and_again(place):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_matrix_outside_the_blocks_is_in_memory_and_none_while_they_are_walked(tied, tmp_path):
+    made = tiny(tied=tied)
+    made.module.to(torch.bfloat16).save_pretrained(tmp_path)
+    made.save_tokenizer(tmp_path)
+    model = source.load(str(tmp_path), streaming=True)
+    names = ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]
+    before = {name: model.tensor(name).codes.clone() for name in names}
+    digest, logits = model.digest, next(model.logits(WINDOWS)).clone()
+
+    def held() -> list[str]:
+        found = [name for name, p in model.module.named_parameters() if p.dim() == 2 and not p.is_meta]
+        return [name for name in found if ".layers." not in name]
+
+    model.module.model.embed_tokens.register_forward_hook(lambda *_: seen.extend(held()))
+    for walked in range(3):
+        seen: list[str] = []
+        for block in walk(model, CALIBRATION):
+            assert held() == [] and in_memory(model) in ([block.index], [1 - block.index])
+        assert held() == [] and set(seen) == {names[0]}
+        assert torch.equal(next(model.logits(WINDOWS)), logits) and held() == names[-1:]
+        assert (model.module.lm_head.weight is model.module.model.embed_tokens.weight) == tied
+        assert all(torch.equal(model.tensor(name).codes, before[name]) for name in names)
+        assert walked or digest == model.digest
+        for name in names:  # what is changed in memory comes back changed
+            kept = model.tensor(name)
+            model.store(name, replace(kept, codes=2 * kept.codes))
+            before[name] = before[name] * 2
+            assert held() == [name]
+        logits = next(model.logits(WINDOWS)).clone()
+    assert {f"{name}.safetensors" for name in names} <= {path.name for path in model.shelf._folder.iterdir()}
+
+
+def test_an_encoding_that_is_set_on_its_own_is_written_back(place):
+    _, model = both(place)
+    name, block = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+    for tensor in (name, block):
+        model.shelf.set_aside()
+        kept = model.encoded[tensor]
+        model.encoded[tensor] = replace(kept, codes=2 * kept.codes)
+        model.shelf.set_aside()
+        model.parameter("model.layers.1.mlp.up_proj.weight")
+        assert torch.equal(model.encoded[tensor].codes, 2 * kept.codes)
+        assert torch.equal(model.parameter(tensor), 2 * kept.decode())
+
+
 def test_a_run_streams_from_the_folder_to_the_gated_file(place, tmp_path):
     text = RECIPE.format(model=place / "model", text=place / "text.jsonl")
     record, folder = run.apply(recipes.load(text), tmp_path / "run", Store(tmp_path / "home"))
@@ -188,3 +236,5 @@ def test_the_plan_counts_the_memory_of_two_blocks():
     deep = replace(SMOL, layers=300)
     sizes = [plan._memory_bytes(r, f, r.steps[0]) for r in (whole, streamed) for f in (SMOL, deep)]
     assert sizes[1] > 5 * sizes[0] and abs(sizes[3] - sizes[2]) < 0.001 * sizes[2] and sizes[2] < sizes[0]
+    untied = Facts.from_config(CONFIG | {"tie_word_embeddings": False})
+    assert plan._memory_bytes(streamed, untied, streamed.steps[0]) == sizes[2]  # of two such matrices one is in memory
