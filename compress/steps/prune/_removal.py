@@ -23,6 +23,8 @@ SHIFT = 100  # the first tokens of a vocabulary, single bytes among them, are dr
 
 Criterion = Literal["activation", "wanda", "fisher", "taylor"]
 Update = Literal["none", "output", "stream"]
+Sums = tuple["Tensor", "Tensor | None"]
+"""Of `moments`."""
 
 
 class Removal(Step):
@@ -39,6 +41,8 @@ class Removal(Step):
     random_tokens: windows of tokens drawn from the whole vocabulary by Zipf's law join the calibration, so many per
     token of it, so that channels count which answer to what its texts lack. Gradients are of the calibration alone, for
     `fisher` of its first 28 tokens per output of W.
+    inverse_frequency: a token of the calibration counts by the inverse of how often it is there, plus one, to this
+    power; at 0 all count alike. Mikolov et al. 2013, arXiv:1310.4546, leave frequent words out to the power ½.
     """
 
     reshapes: ClassVar[bool] = True
@@ -48,6 +52,7 @@ class Removal(Step):
     update: Update = "output"
     ridge: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
     random_tokens: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    inverse_frequency: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
 
     def gradient_bytes(self, facts: Facts) -> int:
         """Of every block, the second moments of W's output (`fisher`), or the scores of the channels (`taylor`)."""
@@ -84,8 +89,8 @@ class Removal(Step):
         return [None] * model.facts.layers
 
 
-def refit(step: str, tensor: str, W: Tensor, sums: tuple[Tensor, Tensor | None], kept: Tensor, ridge: float) -> Tensor:
-    """Weights (n, k) of the kept channels by least squares. sums: those of `moments`.
+def refit(step: str, tensor: str, W: Tensor, sums: Sums, kept: Tensor, ridge: float) -> Tensor:
+    """Weights (n, k) of the kept channels by least squares.
 
     Raises NumericalError naming the tensor.
     """
@@ -116,25 +121,44 @@ def random_windows(model: Model, windows: Sequence[Tensor], share: float, seed: 
     return list(plain[drawn].view(count, length))
 
 
-def beside(model: Model, context: Context, step: Removal) -> Iterator[tuple[Block, Block | None]]:
-    """The blocks in order, each with the same block of the model as it is now where `stream` needs its states."""
+def rarity(windows: Sequence[Tensor], others: Sequence[Tensor], power: float) -> Tensor | None:
+    """What each token of windows and others counts, in order, (tokens,) float32; None where all count alike.
+
+    A token of the windows counts (1 + how often it is among them)^−power over the mean of that, one of the others 1.
+    """
+    import torch
+
+    if power == 0:
+        return None
+    tokens = torch.cat(list(windows))
+    found = (torch.bincount(tokens) + 1.0)[tokens] ** -power
+    return torch.cat([found / found.mean(), torch.ones(sum(map(len, others)))])
+
+
+def beside(model: Model, context: Context, step: Removal) -> Iterator[tuple[Block, Block | None, Tensor | None]]:
+    """The blocks in order, each with the same block of the model as it is now where `stream` needs its states.
+
+    Third, what each of the tokens counts that the block reads, see `rarity`.
+    """
     from compress.blocks import walk
     from compress.steps.prune._structure import twin_of
 
-    windows = [*context.calibration, *random_windows(model, context.calibration, step.random_tokens, context.seed)]
-    blocks = walk(model, windows, context.progress)
-    if step.update == "stream":
-        yield from zip(blocks, walk(twin_of(model), windows), strict=True)
-    else:
-        yield from ((block, None) for block in blocks)
+    drawn = random_windows(model, context.calibration, step.random_tokens, context.seed)
+    counts, windows = rarity(context.calibration, drawn, step.inverse_frequency), [*context.calibration, *drawn]
+    twins = walk(twin_of(model), windows) if step.update == "stream" else None
+    for block in walk(model, windows, context.progress):
+        yield block, None if twins is None else next(twins), counts
 
 
-def moments(block: Block, reader: str, wanted: Iterable[Tensor] | None) -> tuple[Tensor, Tensor | None]:
+def moments(
+    block: Block, reader: str, wanted: Iterable[Tensor] | None, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Σ x xᵀ (m, m) of a closing linear's inputs, and Σ d xᵀ (n, m), with d what the residual stream behind it lacks.
 
     wanted: that stream as it should be, (tokens, n) per batch; None: nothing is lacking, as None says in turn.
     Each token counts by the inverse mean square of that stream: the norms that read it divide by its root, so that an
     error weighs by what it adds to the stream, and the few tokens of massive activations do not decide for all.
+    counts: (tokens,), what each token counts besides.
     """
     from compress.numerics.hessian import Hessian
 
@@ -142,9 +166,13 @@ def moments(block: Block, reader: str, wanted: Iterable[Tensor] | None) -> tuple
     hessian = Hessian(linear.in_features)
     missing = None if wanted is None else linear.weight.new_zeros(linear.weight.shape)
     targets = None if wanted is None else iter(wanted)
+    read = 0
     for X, _, after in block.around(reader):
         target = after if targets is None else next(targets)
         size = target.square().mean(dim=1, keepdim=True).sqrt().clamp(min=TINY)
+        if counts is not None:
+            size /= counts[read : read + len(X), None].sqrt()
+            read += len(X)
         hessian.add(X / size)
         if missing is not None:
             missing.addmm_(((target - after) / size).T, X / size)

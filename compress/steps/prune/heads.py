@@ -10,7 +10,7 @@ from pydantic import Field
 
 from compress.errors import RecipeError
 from compress.interfaces import Context
-from compress.steps.prune._removal import Removal
+from compress.steps.prune._removal import Removal, Sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +25,8 @@ class Heads(Removal):
 
     The same number goes in every block, and every group that is left keeps equally many query heads, as grouped-query
     attention and the formats need (Ainslie et al. 2023, arXiv:2305.13245). The output projection (o_proj) reads the
-    heads: `criterion`, `update`, `ridge` and `random_tokens` speak of it; a head's worth is that of its channels
-    together, a group's that of its query heads. Blocks are cut in order, each fed by the smaller ones before it.
+    heads: `criterion`, `update` and what follows speak of it; a head's worth is that of its channels together, a
+    group's that of its query heads. Blocks are cut in order, each fed by the smaller ones before it.
     """
 
     name: ClassVar[str] = "prune.heads"
@@ -71,7 +71,7 @@ class Heads(Removal):
 
     def apply(self, model: Model, context: Context) -> None:
         """Cut every block in place, then the config."""
-        from compress.steps.prune._removal import beside
+        from compress.steps.prune._removal import beside, moments, stream_behind
         from compress.steps.prune._structure import reader_of, refuse_unready
 
         self.check(model.facts)
@@ -84,8 +84,10 @@ class Heads(Removal):
         part: Any
         config = model.module.config
         smaller = _with_heads(copy.deepcopy(config), before, after)
-        for block, twin in beside(model, context, self):
-            self._cut(before, after, block, twin, reader, felt[block.index])
+        for block, twin, counts in beside(model, context, self):
+            name = f"{before.architecture.blocks}.{block.index}.{reader}"
+            sums = moments(block, name, stream_behind(twin, name), counts)
+            self._cut(before, after, block, name, sums, felt[block.index])
             for part in block.module.modules():
                 if hasattr(part, "config"):  # some read their counts there, while later blocks still have them all
                     part.config = smaller
@@ -99,17 +101,13 @@ class Heads(Removal):
             "key/value heads remain in each block"
         )
 
-    def _cut(
-        self, before: Facts, after: Facts, block: Block, twin: Block | None, reader: str, felt: Tensor | None
-    ) -> None:
-        """Choose heads by the inputs of the linear that reads them, then cut every linear of the attention."""
+    def _cut(self, before: Facts, after: Facts, block: Block, name: str, sums: Sums, felt: Tensor | None) -> None:
+        """Choose heads by the moments of the inputs of the linear that reads them, then cut those of the attention."""
         from compress.numerics.neurons import highest_groups, with_neighbours
         from compress.steps.prune._record import require_finite
-        from compress.steps.prune._removal import moments, refit, stream_behind
+        from compress.steps.prune._removal import refit
         from compress.steps.prune._structure import select_axis
 
-        name = f"{before.architecture.blocks}.{block.index}.{reader}"
-        sums = moments(block, name, stream_behind(twin, name))
         tensor, W = f"{name}.weight", block.linears[name].weight.detach()
         worth = require_finite(self.scores(W, sums[0], felt, before.head_size), tensor, self.name)
         kv, q = highest_groups(worth.view(before.kv_heads, -1), after.kv_heads, after.heads // after.kv_heads)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from compress.errors import RecipeError
 from compress.interfaces import Context
-from compress.steps.prune._removal import Criterion, Removal
+from compress.steps.prune._removal import Criterion, Removal, Sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 class Neurons(Removal):
     """Remove, in every block alike, at most the `fraction` of the MLP's inner channels that add least.
 
-    The output projection (down_proj) reads the channels: `criterion`, `update`, `ridge`, `random_tokens` speak of it.
+    The output projection (down_proj) reads the channels: `criterion`, `update` and what follows speak of it.
     Blocks are narrowed in order, each fed by the narrowed ones before it. They stay equally wide, since a transformers
     config and onnxruntime-genai hold one width for all.
     round_to: the width left is a multiple of it, rounded up, as group sizes and kernels need.
     """
 
     name: ClassVar[str] = "prune.neurons"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
 
     criterion: Criterion = "fisher"
     ridge: float = Field(0.1, gt=0, lt=1, allow_inf_nan=False)
     random_tokens: float = Field(0.125, ge=0, le=1, allow_inf_nan=False)
+    inverse_frequency: float = Field(0.2, ge=0, le=1, allow_inf_nan=False)
     fraction: float = Field(ge=0, lt=1, allow_inf_nan=False)
     round_to: int = Field(32, ge=1)
 
@@ -53,7 +54,7 @@ class Neurons(Removal):
 
     def apply(self, model: Model, context: Context) -> None:
         """Narrow every block in place, then the config."""
-        from compress.steps.prune._removal import beside
+        from compress.steps.prune._removal import beside, moments, stream_behind
         from compress.steps.prune._structure import reader_of, refuse_unready
 
         self.check(model.facts)
@@ -63,8 +64,10 @@ class Neurons(Removal):
         refuse_unready(model, context, self.name)
         reader = reader_of(model.facts.architecture, "mlp")
         felt = self.felt(model, context, reader)
-        for block, twin in beside(model, context, self):
-            self._narrow(model, block, twin, reader, width, felt[block.index])
+        for block, twin, counts in beside(model, context, self):
+            name = f"{model.facts.architecture.blocks}.{block.index}.{reader}"
+            sums = moments(block, name, stream_behind(twin, name), counts)
+            self._narrow(model, block, name, sums, width, felt[block.index])
         setattr(model.module.config, model.facts.architecture.keys["mlp"], width)
         model.reshaped()
         context.notes.append(f"{self.name}: {width} of {before} MLP channels remain in each block")
@@ -74,17 +77,13 @@ class Neurons(Removal):
 
         return kept_width(self.fraction, facts.sizes["mlp"], self.round_to)
 
-    def _narrow(
-        self, model: Model, block: Block, twin: Block | None, reader: str, width: int, felt: Tensor | None
-    ) -> None:
-        """Choose channels by the inputs of the linear that reads them, then cut every linear of the MLP."""
+    def _narrow(self, model: Model, block: Block, name: str, sums: Sums, width: int, felt: Tensor | None) -> None:
+        """Choose channels by the moments of the inputs of the linear that reads them, then cut those of the MLP."""
         from compress.numerics.neurons import highest
         from compress.steps.prune._record import require_finite
-        from compress.steps.prune._removal import moments, refit, stream_behind
+        from compress.steps.prune._removal import refit
         from compress.steps.prune._structure import select_axis
 
-        name = f"{model.facts.architecture.blocks}.{block.index}.{reader}"
-        sums = moments(block, name, stream_behind(twin, name))
         tensor, W = f"{name}.weight", block.linears[name].weight.detach()
         kept = highest(require_finite(self.scores(W, sums[0], felt), tensor, self.name), width)
         V = W[:, kept] if self.update == "none" else refit(self.name, tensor, W, sums, kept, self.ridge)
