@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,15 +173,16 @@ def load(folder: Path, dtype: str = "float32") -> Model:
     as_linears(module)  # as the tensors were saved
     tensors, specs = load_file(folder / WEIGHTS), facts["encodings"]
     shelf = _shelf(folder, module, specs) if facts.get("streamed") else None
-    inside = {n: spec for n, spec in specs.items() if shelf is None or shelf.index(n) is None}
-    state, encoded = unflatten(tensors, inside)
+    held = set() if shelf is None else {name for name in {*tensors, *specs} if shelf.holds(name)}
+    state, encoded = unflatten(tensors, {name: spec for name, spec in specs.items() if name not in held})
+    state = {name: tensor for name, tensor in state.items() if name not in held}
     masks = _read_masks(tensors, module)
     materialize(module, {**state, **{name: tensor.decode() for name, tensor in encoded.items()}}, shelf)
     if not classifies(config.to_dict()):
         module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = model_of(module, tokenizer, dtype, name=facts["name"], shelf=shelf)
-    (model.encoded.update if shelf is None else shelf.encoded.hold)(encoded)
+    model.encoded.update(encoded)
     model.masks = masks
     _round(model, facts.get("rounding", {}))
     model.importance = Importance(**facts["importance"]) if "importance" in facts else None
@@ -191,7 +192,7 @@ def load(folder: Path, dtype: str = "float32") -> Model:
 
 
 def _shelf(folder: Path, module: Any, specs: Mapping[str, Any]) -> Shelf:
-    """The blocks of a streamed artifact, on disk until they are needed."""
+    """The blocks and other matrices of a streamed artifact, on disk until they are needed."""
     from safetensors.torch import load_file
 
     from compress.architectures import Facts
@@ -200,9 +201,11 @@ def _shelf(folder: Path, module: Any, specs: Mapping[str, Any]) -> Shelf:
 
     blocks = Facts.from_config(module.config.to_dict()).architecture.blocks
 
-    def read(index: int) -> Any:
-        own = {name: spec for name, spec in specs.items() if name.startswith(f"{blocks}.{index}.")}
-        return unflatten(load_file(folder / _block_file(index)), own)
+    def read(names: Sequence[str]) -> Any:
+        index = shelf.index(names[0])
+        file = folder / (WEIGHTS if index is None else _block_file(index))
+        floats, encoded = unflatten(load_file(file), {name: specs[name] for name in names if name in specs})
+        return {name: floats[name] for name in names if name in floats}, encoded
 
     shelf = Shelf(module, blocks, read)
     shelf.encoded.announce({name: encoding_of(spec) for name, spec in specs.items()})

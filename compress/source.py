@@ -316,11 +316,10 @@ def _stream_folder(source: Source, dtype: str) -> Model:
     missing, unknown = set(names) - weights.files.keys(), weights.files.keys() - tied
     _require_every_tensor(source.path, {"missing_keys": missing, "unexpected_keys": unknown})
     blocks = Facts.from_config(loaded.to_dict()).architecture.blocks
-    shelf = Shelf(module, blocks, lambda i: weights.read(shelf.names(i)))
+    shelf = Shelf(module, blocks, weights.read)
     shelf.encoded.announce(weights.encodings(names))
-    floats, encoded = weights.read([name for name in names if shelf.index(name) is None])
-    materialize(module, {**floats, **{name: tensor.decode() for name, tensor in encoded.items()}}, shelf)
-    shelf.encoded.hold(encoded)
+    floats, _ = weights.read([name for name in names if not shelf.holds(name)])  # no matrix is among them
+    materialize(module, floats, shelf)
     return Model(module, tokenizer, dtype, _name(source), shelf=shelf)
 
 

@@ -70,11 +70,11 @@ def unflatten(
 def materialize(module: Any, state: Mapping[str, Tensor], shelf: Shelf | None = None) -> None:
     """Fill a meta-device module with `state`; buffers that are no weights (rotary tables) are computed anew.
 
-    shelf: its blocks stay bare. Raises Corrupt for a tensor that is missing.
+    shelf: what it holds stays bare. Raises Corrupt for a tensor that is missing.
     """
     module.load_state_dict(state, strict=False, assign=True)
     module.tie_weights()
-    left = [n for n, p in module.named_parameters() if p.is_meta and (shelf is None or shelf.index(n) is None)]
+    left = [n for n, p in module.named_parameters() if p.is_meta and (shelf is None or not shelf.holds(n))]
     if left:
         raise Corrupt(f"tensor {left[0]} is missing from model.safetensors")
     for name, child in module.named_modules():

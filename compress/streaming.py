@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +33,48 @@ Content = tuple[dict[str, Tensor], dict[str, EncodedTensor]]
 class Shelf:
     """The blocks of a module, of which at most one is in memory, and at most one of its other matrices.
 
-    blocks: where in the module they are. read: what a block holds at first, by its index. encoded: by name, of the
-    whole model; those of blocks come and go with their block.
+    module: whose blocks, at `blocks`, and matrices are bare. read: what a block or a matrix holds at first, by its
+    tensors' names. encoded: by name, of the whole model; they come and go with what they belong to.
     """
 
-    def __init__(self, module: nn.Module, blocks: str, read: Callable[[int], Content]):
+    def __init__(self, module: nn.Module, blocks: str, read: Callable[[Sequence[str]], Content]):
         found = module.get_submodule(blocks)
         assert isinstance(found, nn.ModuleList)
-        self._module, self._blocks, self._modules, self._read = module, blocks, list(found), read
+        self._blocks, self._modules, self._read = blocks, list(found), read
         self._resident: int | None = None
         self._dirty = False
-        self._specs: dict[int, dict[str, Any]] = {}  # of the blocks that were written back
+        self._specs: dict[int | str, dict[str, Any]] = {}  # of the blocks and matrices that were written back
         self._outside: dict[str, list[tuple[nn.Module, str]]] = {}  # matrix → the modules that hold it, and as what
-        self._outside_specs: dict[str, Any] = {}  # of those that are on disk as they are
+        self._alias: dict[str, str] = {}  # each name of a matrix → the one that counts
+        self._changed: set[str] = set()  # matrices in memory that are not as on disk
         self._folder = Path(tempfile.mkdtemp(prefix="compress-blocks-"))
         self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.encoded = Encoded(self)
-        for index, module in enumerate(self._modules):
-            module.register_forward_pre_hook(lambda _, args, index=index: self.need(index))
+        for index, block in enumerate(self._modules):
+            block.register_forward_pre_hook(lambda _, args, index=index: self.need(index))
+        self._find_matrices(module)
+
+    def _find_matrices(self, module: nn.Module) -> None:
+        """Name the matrices outside the blocks, tied ones once, and have what computes with one bring it back."""
+        names: dict[nn.Parameter, str] = {}
+        for path, part in module.named_modules():
+            if f"{path}.".startswith(f"{self._blocks}."):
+                continue
+            for leaf, parameter in part.named_parameters(recurse=False):
+                if parameter.dim() == 2:
+                    name = self._alias[f"{path}.{leaf}"] = names.setdefault(parameter, f"{path}.{leaf}")
+                    self._outside.setdefault(name, []).append((part, leaf))
+                    part.register_forward_pre_hook(lambda *_, name=name: self._bring_back(name))
 
     def index(self, name: str) -> int | None:
         """The block that holds a tensor; None for one outside the blocks."""
         if not name.startswith(f"{self._blocks}."):
             return None
         return int(name[len(self._blocks) + 1 :].partition(".")[0])
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor comes and goes; the others, norms, are always in memory."""
+        return name in self._alias or self.index(name) is not None
 
     def names(self, index: int) -> list[str]:
         """Full names of a block's tensors."""
@@ -65,16 +83,14 @@ class Shelf:
     def changed(self) -> None:
         """Write what is in memory back before it is let go."""
         self._dirty = self._resident is not None
-        for name, places in self._outside.items():
-            if not getattr(*places[0]).is_meta:
-                self._outside_specs.pop(name, None)
+        self._changed.update(name for name, places in self._outside.items() if not getattr(*places[0]).is_meta)
 
     def fetch(self, name: str) -> None:
         """Have the tensor in memory."""
         if (index := self.index(name)) is not None:
             self.need(index)
-        elif name in self._matrices():
-            self._bring_back(name)
+        elif name in self._alias:
+            self._bring_back(self._alias[name])
 
     def set_aside(self) -> None:
         """Let go of the matrices outside the blocks, embeddings and head, until something asks for one of them."""
@@ -86,42 +102,22 @@ class Shelf:
     def _bring_back(self, name: str) -> None:
         """Have a matrix outside the blocks in memory, in the place of the one that is."""
         self._keep_only(name)
-        if not getattr(*self._outside[name][0]).is_meta:
-            return
-        floats, encoded = unflatten(load_file(self._path(name)), self._outside_specs[name])
-        _share(self._outside[name], floats[name] if name in floats else encoded[name].decode())
-        self.encoded.hold(encoded)
+        if getattr(*self._outside[name][0]).is_meta:
+            floats, encoded = self._content(name, [name])
+            _place(name, self._outside[name], _tensor(name, floats, encoded))
+            self.encoded.hold(encoded)
 
     def _keep_only(self, name: str) -> None:
-        """Let go of the other matrices outside the blocks, written to disk where they are not there as they are."""
-        for other, places in self._matrices().items():
+        """Let go of the other matrices outside the blocks."""
+        for other, places in self._outside.items():
             parameter = getattr(*places[0])
             if other == name or parameter.is_meta:
                 continue
-            if other not in self._outside_specs:
-                held = self.encoded.held(other, parameter.detach())
-                entries, self._outside_specs[other] = flatten([(other, held)])
-                self._write(other, entries)
-            _share(places, torch.empty_like(parameter, device="meta"))
+            if other in self._changed:
+                self._write(other, [(other, self.encoded.held(other, parameter.detach()))])
+                self._changed.remove(other)
+            _place(other, places, None)
             self.encoded.drop([other])
-
-    def _matrices(self) -> Mapping[str, list[tuple[nn.Module, str]]]:
-        """Where each matrix outside the blocks is held. From the first call on, what computes with one brings it back.
-
-        Called once weights are loaded: what is tied is one only then.
-        """
-        if self._outside:
-            return self._outside
-        names: dict[nn.Parameter, str] = {}
-        for path, module in self._module.named_modules():
-            if f"{path}.".startswith(f"{self._blocks}."):
-                continue
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 2:
-                    name = names.setdefault(parameter, f"{path}.{leaf}")
-                    self._outside.setdefault(name, []).append((module, leaf))
-                    module.register_forward_pre_hook(lambda *_, name=name: self._bring_back(name))
-        return self._outside
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -130,13 +126,9 @@ class Shelf:
         if index == self._resident:
             return
         self._release()
-        if index in self._specs:
-            floats, encoded = unflatten(load_file(self._path(index)), self._specs[index])
-        else:
-            floats, encoded = self._read(index)
+        floats, encoded = self._content(index, self.names(index))
         for name in self.names(index):
-            tensor = floats[name].float() if name in floats else encoded[name].decode()
-            self._place(index, name, tensor)
+            _place(name, [self._holder(index, name)], _tensor(name, floats, encoded))
         self.encoded.hold(encoded)
         self._resident, self._dirty = index, False
 
@@ -147,39 +139,56 @@ class Shelf:
         names = self.names(index)
         if self._dirty:
             parameters = {f"{self._blocks}.{index}.{n}": p for n, p in self._modules[index].named_parameters()}
-            entries, self._specs[index] = flatten((n, self.encoded.held(n, parameters[n].detach())) for n in names)
-            self._write(index, entries)
+            self._write(index, ((n, self.encoded.held(n, parameters[n].detach())) for n in names))
         for name in names:
-            self._place(index, name, None)
+            _place(name, [self._holder(index, name)], None)
         self.encoded.drop(names)
         self._resident = None
         return_freed_memory()  # or it grows by 25 MB per block of 7 M weights
 
-    def _path(self, what: int | str) -> Path:
-        return self._folder / f"{what}.safetensors"
-
-    def _write(self, what: int | str, entries: dict[str, Tensor]) -> None:
-        """Under another name first: tensors may still be mapped from the file that is replaced."""
-        save_file(entries, self._folder / "new", metadata={"format": "pt"})
-        (self._folder / "new").replace(self._path(what))
-
-    def _place(self, index: int, name: str, tensor: Tensor | None) -> None:
-        """Put a tensor into its module, or its bare shape."""
+    def _holder(self, index: int, name: str) -> tuple[nn.Module, str]:
+        """The module of a block that holds a tensor, and as what."""
         path, _, leaf = name.removeprefix(f"{self._blocks}.{index}.").rpartition(".")
-        module = self._modules[index].get_submodule(path)
-        old = getattr(module, leaf)
-        if tensor is not None and tensor.shape != old.shape:
-            raise Corrupt(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(old.shape)}")
-        _share([(module, leaf)], torch.empty_like(old, device="meta") if tensor is None else tensor)
+        return self._modules[index].get_submodule(path), leaf
+
+    def _content(self, what: int | str, names: Sequence[str]) -> Content:
+        """The tensors of a block or a matrix, from where they were written last."""
+        if what in self._specs:
+            return unflatten(load_file(self._folder / f"{what}.safetensors"), self._specs[what])
+        return self._read(names)
+
+    def _write(self, what: int | str, tensors: Iterable[tuple[str, EncodedTensor | Tensor]]) -> None:
+        """Write a block or a matrix back."""
+        entries, specs = flatten(tensors)
+        # Under another name first: tensors may still be mapped from the file that is replaced.
+        save_file(entries, self._folder / "new", metadata={"format": "pt"})
+        (self._folder / "new").replace(self._folder / f"{what}.safetensors")
+        self._specs[what] = specs
 
     def close(self) -> None:
-        """Remove what was written back."""
+        """Remove what was written back, and let go of the module, whose hooks hold this."""
+        self._modules.clear()
+        self._outside.clear()
+        self.encoded.drop([*self.encoded])
         self._finalizer()
 
 
-def _share(places: Iterable[tuple[nn.Module, str]], tensor: Tensor) -> None:
-    """Make a tensor the one parameter of modules, each under a name of its own."""
-    parameter = nn.Parameter(tensor, requires_grad=False)
+def _tensor(name: str, floats: Mapping[str, Tensor], encoded: Mapping[str, EncodedTensor]) -> Tensor:
+    """One of the tensors in float32; raises Corrupt where it is missing."""
+    if name in floats:
+        return floats[name].float()
+    if name not in encoded:
+        raise Corrupt(f"tensor {name} is missing")
+    return encoded[name].decode()
+
+
+def _place(name: str, places: Collection[tuple[nn.Module, str]], tensor: Tensor | None) -> None:
+    """Make a tensor, or its bare shape, the one parameter of modules, each under a name of its own."""
+    old = getattr(*next(iter(places)))
+    if tensor is not None and tensor.shape != old.shape:
+        raise Corrupt(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(old.shape)}")
+    fresh = torch.empty_like(old, device="meta") if tensor is None else tensor
+    parameter = nn.Parameter(fresh, requires_grad=False)
     for module, leaf in places:
         setattr(module, leaf, parameter)
 

@@ -1,14 +1,16 @@
 """Models larger than memory: the same numbers from one block at a time, and never more of them than that."""
 
+import gc
 import json
 import random
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from compress import artifact, cli, plan, refusals, run, source
+from compress import artifact, cli, plan, refusals, run, source, streaming
 from compress import recipe as recipes
 from compress.architectures import Facts
 from compress.blocks import walk
@@ -114,19 +116,31 @@ def test_what_was_changed_is_written_back_again_and_again(place):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tied", [True, False])
-def test_one_matrix_outside_the_blocks_is_in_memory_and_none_while_they_are_walked(tied, tmp_path):
+def test_one_matrix_outside_the_blocks_is_in_memory_and_none_while_they_are_walked(tied, dtype, tmp_path):
     made = tiny(tied=tied)
-    made.module.to(torch.bfloat16).save_pretrained(tmp_path)
+    made.module.to(dtype).save_pretrained(tmp_path)
     made.save_tokenizer(tmp_path)
     model = source.load(str(tmp_path), streaming=True)
     names = ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]
-    before = {name: model.tensor(name).codes.clone() for name in names}
-    digest, logits = model.digest, next(model.logits(WINDOWS)).clone()
 
     def held() -> list[str]:
         found = [name for name, p in model.module.named_parameters() if p.dim() == 2 and not p.is_meta]
+        assert all(model.encoding(name) is None or name in model.encoded._held for name in found)
+        assert all(name in found for name in model.encoded._held)
         return [name for name in found if ".layers." not in name]
+
+    def stored(name: str) -> torch.Tensor:
+        tensor = model.tensor(name)
+        return tensor if isinstance(tensor, torch.Tensor) else tensor.codes
+
+    def files() -> set[str]:
+        return {path.name for path in model.shelf._folder.iterdir()} - {"0.safetensors", "1.safetensors"}
+
+    assert held() == []
+    before = {name: stored(name).clone() for name in names}
+    digest, logits = model.digest, next(model.logits(WINDOWS)).clone()
 
     model.module.model.embed_tokens.register_forward_hook(lambda *_: seen.extend(held()))
     for walked in range(3):
@@ -136,15 +150,53 @@ def test_one_matrix_outside_the_blocks_is_in_memory_and_none_while_they_are_walk
         assert held() == [] and set(seen) == {names[0]}
         assert torch.equal(next(model.logits(WINDOWS)), logits) and held() == names[-1:]
         assert (model.module.lm_head.weight is model.module.model.embed_tokens.weight) == tied
-        assert all(torch.equal(model.tensor(name).codes, before[name]) for name in names)
-        assert walked or digest == model.digest
+        assert all(torch.equal(stored(name), before[name]) for name in names)
+        assert walked or (digest == model.digest and not files())
         for name in names:  # what is changed in memory comes back changed
-            kept = model.tensor(name)
-            model.store(name, replace(kept, codes=2 * kept.codes))
             before[name] = before[name] * 2
+            if dtype == torch.float32:
+                model.parameter(name).data.mul_(2)
+                model.touch()
+            else:
+                model.store(name, replace(model.tensor(name), codes=before[name]))
             assert held() == [name]
         logits = next(model.logits(WINDOWS)).clone()
-    assert {f"{name}.safetensors" for name in names} <= {path.name for path in model.shelf._folder.iterdir()}
+    assert files() == {f"{name}.safetensors" for name in names}
+    assert torch.equal(model.parameter("lm_head.weight"), before[names[-1]].float())
+
+
+def test_what_could_not_be_written_is_kept(place, monkeypatch):
+    _, model = both(place)
+    names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")
+    for name in names:
+        model.store(name, replace(model.encoded[name], codes=2 * model.encoded[name].codes))
+    expected = [model.parameter(name).clone() for name in names]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "save_file", full)
+        for let_go in (model.shelf.set_aside, lambda: model.shelf.need(1)):
+            with pytest.raises(OSError, match="No space left"):
+                let_go()
+    model.shelf.set_aside()
+    model.shelf.need(1)
+    assert all(torch.equal(model.parameter(name), kept) for name, kept in zip(names, expected, strict=True))
+
+
+def test_a_model_that_is_closed_leaves_no_weights_behind(place):
+    _, model = both(place)
+    next(model.logits(WINDOWS))
+    names = ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight")
+    held = [weakref.ref(what) for name in names for what in (model.parameter(name), model.encoded[name])]
+    gc.collect()
+    gc.disable()  # large tensors do not make it run
+    try:
+        model.close()
+        assert [kept() for kept in held] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_an_encoding_that_is_set_on_its_own_is_written_back(place):

@@ -41,8 +41,8 @@ class Removal(Step):
     random_tokens: windows of tokens drawn from the whole vocabulary by Zipf's law join the calibration, so many per
     token of it, so that channels count which answer to what its texts lack. Gradients are of the calibration alone, for
     `fisher` of its first 28 tokens per output of W.
-    inverse_frequency: a token of the calibration counts by the inverse of how often it is there, plus one, to this
-    power; at 0 all count alike. Mikolov et al. 2013, arXiv:1310.4546, leave frequent words out to the power ½.
+    inverse_frequency: a token that is n times in the calibration counts (1 + n)^−p in ‖X_j‖₂ and in least squares, at 0
+    all alike; gradients are not weighed. Mikolov et al. 2013, arXiv:1310.4546, leave frequent words out to the power ½.
     """
 
     reshapes: ClassVar[bool] = True
@@ -55,7 +55,7 @@ class Removal(Step):
     inverse_frequency: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
 
     def gradient_bytes(self, facts: Facts) -> int:
-        """Of every block, the second moments of W's output (`fisher`), or the scores of the channels (`taylor`)."""
+        """Of every block, second moments of W's output (`fisher`), or scores, at most of each channel (`taylor`)."""
         kept = {"fisher": facts.sizes["residual"] ** 2, "taylor": facts.sizes["mlp"]}
         return 4 * facts.layers * kept.get(self.criterion, 0)
 
