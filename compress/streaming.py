@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ Content = tuple[dict[str, Tensor], dict[str, EncodedTensor]]
 """Of a block: float tensors and encoded ones, by full name."""
 
 
+Piece = int | str
+"""What comes and goes as one: a block, by its number, or a matrix outside the blocks, by its name."""
+Places = list[tuple[nn.Module, str]]
+"""The modules that hold a tensor, each under a name of its own."""
+
+
 class Shelf:
     """The blocks of a module, of which at most one is in memory, and at most one of its other matrices.
 
@@ -38,21 +44,28 @@ class Shelf:
     """
 
     def __init__(self, module: nn.Module, blocks: str, read: Callable[[Sequence[str]], Content]):
-        found = module.get_submodule(blocks)
-        assert isinstance(found, nn.ModuleList)
-        self._blocks, self._modules, self._read = blocks, list(found), read
-        self._resident: int | None = None
-        self._dirty = False
-        self._specs: dict[int | str, dict[str, Any]] = {}  # of the blocks and matrices that were written back
-        self._outside: dict[str, list[tuple[nn.Module, str]]] = {}  # matrix → the modules that hold it, and as what
-        self._alias: dict[str, str] = {}  # each name of a matrix → the one that counts
-        self._changed: set[str] = set()  # matrices in memory that are not as on disk
+        self._blocks, self._read = blocks, read
+        self._pieces: dict[Piece, dict[str, Places]] = {}  # the tensors of each, by name
+        self._alias: dict[str, str] = {}  # each name of a matrix outside the blocks → the one that counts
+        self._resident: dict[type, Piece] = {}  # the one block and the one matrix that are in memory
+        self._dirty: set[Piece] = set()  # those of them that are not as on disk
+        self._specs: dict[Piece, dict[str, Any]] = {}  # of those that were written back
         self._folder = Path(tempfile.mkdtemp(prefix="compress-blocks-"))
         self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.encoded = Encoded(self)
-        for index, block in enumerate(self._modules):
-            block.register_forward_pre_hook(lambda _, args, index=index: self.need(index))
+        self._find_blocks(module)
         self._find_matrices(module)
+
+    def _find_blocks(self, module: nn.Module) -> None:
+        """Name the tensors of each block, and have its forward pass bring it into memory."""
+        found = module.get_submodule(self._blocks)
+        assert isinstance(found, nn.ModuleList)
+        for index, block in enumerate(found):
+            tensors = self._pieces[index] = {}
+            for name, _ in block.named_parameters(f"{self._blocks}.{index}"):
+                path, _, leaf = name.rpartition(".")
+                tensors[name] = [(module.get_submodule(path), leaf)]
+            block.register_forward_pre_hook(lambda *_, index=index: self.need(index))
 
     def _find_matrices(self, module: nn.Module) -> None:
         """Name the matrices outside the blocks, tied ones once, and have what computes with one bring it back."""
@@ -62,9 +75,10 @@ class Shelf:
                 continue
             for leaf, parameter in part.named_parameters(recurse=False):
                 if parameter.dim() == 2:
-                    name = self._alias[f"{path}.{leaf}"] = names.setdefault(parameter, f"{path}.{leaf}")
-                    self._outside.setdefault(name, []).append((part, leaf))
-                    part.register_forward_pre_hook(lambda *_, name=name: self._bring_back(name))
+                    name = names.setdefault(parameter, f"{path}.{leaf}")
+                    self._alias[f"{path}.{leaf}"] = name
+                    self._pieces.setdefault(name, {name: []})[name].append((part, leaf))
+                    part.register_forward_pre_hook(lambda *_, name=name: self.need(name))
 
     def index(self, name: str) -> int | None:
         """The block that holds a tensor; None for one outside the blocks."""
@@ -72,105 +86,89 @@ class Shelf:
             return None
         return int(name[len(self._blocks) + 1 :].partition(".")[0])
 
+    def _piece(self, name: str) -> Piece | None:
+        """The block or the matrix that a tensor comes with; None for one that is always in memory, a norm."""
+        index = self.index(name)
+        return self._alias.get(name) if index is None else index
+
     def holds(self, name: str) -> bool:
-        """Whether a tensor comes and goes; the others, norms, are always in memory."""
-        return name in self._alias or self.index(name) is not None
+        """Whether a tensor comes and goes."""
+        return self._piece(name) is not None
 
     def names(self, index: int) -> list[str]:
         """Full names of a block's tensors."""
-        return [f"{self._blocks}.{index}.{name}" for name, _ in self._modules[index].named_parameters()]
+        return list(self._pieces[index])
 
     def changed(self) -> None:
         """Write what is in memory back before it is let go."""
-        self._dirty = self._resident is not None
-        self._changed.update(name for name, places in self._outside.items() if not getattr(*places[0]).is_meta)
+        self._dirty.update(self._resident.values())
 
     def fetch(self, name: str) -> None:
         """Have the tensor in memory."""
-        if (index := self.index(name)) is not None:
-            self.need(index)
-        elif name in self._alias:
-            self._bring_back(self._alias[name])
+        if (piece := self._piece(name)) is not None:
+            self.need(piece)
 
     def set_aside(self) -> None:
         """Let go of the matrices outside the blocks, embeddings and head, until something asks for one of them."""
-        self._keep_only("")
-        return_freed_memory()
+        self._release(str)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _bring_back(self, name: str) -> None:
-        """Have a matrix outside the blocks in memory, in the place of the one that is."""
-        self._keep_only(name)
-        if getattr(*self._outside[name][0]).is_meta:
-            floats, encoded = self._content(name, [name])
-            _place(name, self._outside[name], _tensor(name, floats, encoded))
-            self.encoded.hold(encoded)
-
-    def _keep_only(self, name: str) -> None:
-        """Let go of the other matrices outside the blocks."""
-        for other, places in self._outside.items():
-            parameter = getattr(*places[0])
-            if other == name or parameter.is_meta:
-                continue
-            if other in self._changed:
-                self._write(other, [(other, self.encoded.held(other, parameter.detach()))])
-                self._changed.remove(other)
-            _place(other, places, None)
-            self.encoded.drop([other])
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def need(self, index: int) -> None:
-        """Have a block in memory, in the place of the one that is."""
-        if index == self._resident:
+    def need(self, piece: Piece) -> None:
+        """Have a block, or a matrix outside them, in memory, in the place of the one that is."""
+        if piece == self._resident.get(type(piece)):
             return
-        self._release()
-        floats, encoded = self._content(index, self.names(index))
-        for name in self.names(index):
-            _place(name, [self._holder(index, name)], _tensor(name, floats, encoded))
+        self._release(type(piece))
+        tensors = self._pieces[piece]
+        floats, encoded = self._content(piece)
+        for name, places in tensors.items():
+            _place(name, places, _tensor(name, floats, encoded))
         self.encoded.hold(encoded)
-        self._resident, self._dirty = index, False
+        self._resident[type(piece)] = piece
 
-    def _release(self) -> None:
-        index = self._resident
-        if index is None:
+    def _release(self, kind: type) -> None:
+        """Let go of the block or the matrix in memory, written back first where it was changed."""
+        piece = self._resident.get(kind)
+        if piece is None:
             return
-        names = self.names(index)
-        if self._dirty:
-            parameters = {f"{self._blocks}.{index}.{n}": p for n, p in self._modules[index].named_parameters()}
-            self._write(index, ((n, self.encoded.held(n, parameters[n].detach())) for n in names))
-        for name in names:
-            _place(name, [self._holder(index, name)], None)
-        self.encoded.drop(names)
-        self._resident = None
+        tensors = self._pieces[piece]
+        if piece in self._dirty:
+            held = ((name, self.encoded.held(name, _parameter(places).detach())) for name, places in tensors.items())
+            self._write(piece, held)
+            self._dirty.remove(piece)
+        for name, places in tensors.items():
+            _place(name, places, None)
+        self.encoded.drop(tensors)
+        del self._resident[kind]
         return_freed_memory()  # or it grows by 25 MB per block of 7 M weights
 
-    def _holder(self, index: int, name: str) -> tuple[nn.Module, str]:
-        """The module of a block that holds a tensor, and as what."""
-        path, _, leaf = name.removeprefix(f"{self._blocks}.{index}.").rpartition(".")
-        return self._modules[index].get_submodule(path), leaf
-
-    def _content(self, what: int | str, names: Sequence[str]) -> Content:
+    def _content(self, piece: Piece) -> Content:
         """The tensors of a block or a matrix, from where they were written last."""
-        if what in self._specs:
-            return unflatten(load_file(self._folder / f"{what}.safetensors"), self._specs[what])
-        return self._read(names)
+        if piece in self._specs:
+            return unflatten(load_file(self._folder / f"{piece}.safetensors"), self._specs[piece])
+        return self._read(list(self._pieces[piece]))
 
-    def _write(self, what: int | str, tensors: Iterable[tuple[str, EncodedTensor | Tensor]]) -> None:
+    def _write(self, piece: Piece, tensors: Iterable[tuple[str, EncodedTensor | Tensor]]) -> None:
         """Write a block or a matrix back."""
         entries, specs = flatten(tensors)
         # Under another name first: tensors may still be mapped from the file that is replaced.
         save_file(entries, self._folder / "new", metadata={"format": "pt"})
-        (self._folder / "new").replace(self._folder / f"{what}.safetensors")
-        self._specs[what] = specs
+        (self._folder / "new").replace(self._folder / f"{piece}.safetensors")
+        self._specs[piece] = specs
 
     def close(self) -> None:
         """Remove what was written back, and let go of the module, whose hooks hold this."""
-        self._modules.clear()
-        self._outside.clear()
+        self._pieces.clear()
         self.encoded.drop([*self.encoded])
         self._finalizer()
+
+
+def _parameter(places: Places) -> nn.Parameter:
+    """A tensor where it is held; all places hold the same."""
+    module, leaf = places[0]
+    found = getattr(module, leaf)
+    assert isinstance(found, nn.Parameter)
+    return found
 
 
 def _tensor(name: str, floats: Mapping[str, Tensor], encoded: Mapping[str, EncodedTensor]) -> Tensor:
@@ -182,9 +180,9 @@ def _tensor(name: str, floats: Mapping[str, Tensor], encoded: Mapping[str, Encod
     return encoded[name].decode()
 
 
-def _place(name: str, places: Collection[tuple[nn.Module, str]], tensor: Tensor | None) -> None:
-    """Make a tensor, or its bare shape, the one parameter of modules, each under a name of its own."""
-    old = getattr(*next(iter(places)))
+def _place(name: str, places: Places, tensor: Tensor | None) -> None:
+    """Make a tensor, or its bare shape, the one parameter of its places."""
+    old = _parameter(places)
     if tensor is not None and tensor.shape != old.shape:
         raise Corrupt(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(old.shape)}")
     fresh = torch.empty_like(old, device="meta") if tensor is None else tensor

@@ -148,6 +148,7 @@ def test_one_matrix_outside_the_blocks_is_in_memory_and_none_while_they_are_walk
         for block in walk(model, CALIBRATION):
             assert held() == [] and in_memory(model) in ([block.index], [1 - block.index])
         assert held() == [] and set(seen) == {names[0]}
+        assert (model.module.lm_head.weight is model.module.model.embed_tokens.weight) == tied
         assert torch.equal(next(model.logits(WINDOWS)), logits) and held() == names[-1:]
         assert (model.module.lm_head.weight is model.module.model.embed_tokens.weight) == tied
         assert all(torch.equal(stored(name), before[name]) for name in names)
@@ -163,6 +164,20 @@ def test_one_matrix_outside_the_blocks_is_in_memory_and_none_while_they_are_walk
         logits = next(model.logits(WINDOWS)).clone()
     assert files() == {f"{name}.safetensors" for name in names}
     assert torch.equal(model.parameter("lm_head.weight"), before[names[-1]].float())
+
+
+def test_what_did_not_change_since_is_not_written_again(place):
+    _, model = both(place)
+    shelf = model.shelf
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        model.store(name, replace(model.encoded[name], codes=2 * model.encoded[name].codes))
+    written = []
+    for _ in range(2):
+        shelf.need(1)
+        shelf.set_aside()
+        written.append({path.name: path.stat().st_mtime_ns for path in shelf._folder.iterdir()})
+        next(model.logits(WINDOWS))
+    assert written[0] == written[1] and set(written[0]) == {"0.safetensors", "model.embed_tokens.weight.safetensors"}
 
 
 def test_what_could_not_be_written_is_kept(place, monkeypatch):
