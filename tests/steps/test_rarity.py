@@ -7,7 +7,7 @@ from compress.blocks import walk
 from compress.interfaces import Context
 from compress.model import Model
 from compress.plugin import step
-from compress.steps.prune._removal import beside, moments, random_windows, rarity
+from compress.steps.prune._removal import moments, random_windows, rarity, summed
 from tests.steps.test_structure import windows
 from tests.tiny import tiny_model
 
@@ -73,16 +73,22 @@ def test_a_channel_for_rare_tokens_stays_where_they_count_by_their_rarity(power,
     assert bool((model.module.model.layers[0].mlp.gate_proj.weight == torch.eye(32)[0] * 2.0).all(dim=1).any()) == stays
 
 
-def test_counts_are_those_of_the_tokens_that_blocks_read():
+def test_a_block_is_judged_by_what_each_of_its_tokens_counts():
+    """One window at a time, against all of them as the step reads them."""
     model, given = tiny_model(), windows(10)
     chosen = step("prune.neurons")(fraction=0.25, round_to=16, random_tokens=0.5, inverse_frequency=0.7)
-    block, _, counts = next(iter(beside(model, Context(seed=0, calibration=given), chosen)))
-    states = torch.cat([X.flatten(0, -2) for X in block._states])  # embeddings: no two tokens have the same
-    read = torch.cdist(states, model.parameter("model.embed_tokens.weight").detach()).argmin(dim=1)
-    tokens = torch.cat(given)
-    assert torch.equal(read[: len(tokens)], tokens) and len(read) == len(counts) == 1.5 * len(tokens)
-    found = torch.tensor([(1 + int((tokens == token).sum())) ** -0.7 for token in tokens])
-    torch.testing.assert_close(counts, torch.cat([found / found.mean(), torch.ones(len(read) - len(tokens))]))
+    block, name, (H, missing) = next(summed(model, Context(seed=0, calibration=given), chosen, "mlp.down_proj"))
+    assert (block.index, name, missing) == (0, "model.layers.0.mlp.down_proj", None)
+    tokens, plain = torch.cat(given), torch.zeros_like(H)
+    found = {int(token): (1 + int((tokens == token).sum())) ** -0.7 for token in tokens}
+    mean = sum(found[int(token)] for token in tokens) / len(tokens)
+    drawn = random_windows(model, given, 0.5, 0)
+    for window in given:
+        counts = torch.tensor([found[int(token)] / mean for token in window])
+        plain += moments(next(walk(model, [window])), name, None, counts)[0]
+    for window in drawn:
+        plain += moments(next(walk(model, [window])), name, None)[0]
+    assert len(drawn) == 5 and (H - plain).norm() < 1e-5 * plain.norm()
 
 
 @pytest.mark.parametrize("name,fields", [("neurons", {"fraction": 0.25, "round_to": 16}), ("heads", {"queries": 2})])

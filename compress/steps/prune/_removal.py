@@ -135,11 +135,8 @@ def rarity(windows: Sequence[Tensor], others: Sequence[Tensor], power: float) ->
     return torch.cat([found / found.mean(), torch.ones(sum(map(len, others)))])
 
 
-def beside(model: Model, context: Context, step: Removal) -> Iterator[tuple[Block, Block | None, Tensor | None]]:
-    """The blocks in order, each with the same block of the model as it is now where `stream` needs its states.
-
-    Third, what each of the tokens counts that the block reads, see `rarity`.
-    """
+def summed(model: Model, context: Context, step: Removal, reader: str) -> Iterator[tuple[Block, str, Sums]]:
+    """The blocks in order, each with the name of its closing linear `reader` and the `moments` of that one's inputs."""
     from compress.blocks import walk
     from compress.steps.prune._structure import twin_of
 
@@ -147,12 +144,14 @@ def beside(model: Model, context: Context, step: Removal) -> Iterator[tuple[Bloc
     counts, windows = rarity(context.calibration, drawn, step.inverse_frequency), [*context.calibration, *drawn]
     twins = walk(twin_of(model), windows) if step.update == "stream" else None
     for block in walk(model, windows, context.progress):
-        yield block, None if twins is None else next(twins), counts
+        name = f"{model.facts.architecture.blocks}.{block.index}.{reader}"
+        wanted = None
+        if twins is not None:  # the residual stream behind the linear of the model as it was
+            wanted = (after for _, _, after in next(twins).around(name, last=True))
+        yield block, name, moments(block, name, wanted, counts)
 
 
-def moments(
-    block: Block, reader: str, wanted: Iterable[Tensor] | None, counts: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def moments(block: Block, reader: str, wanted: Iterable[Tensor] | None, counts: Tensor | None = None) -> Sums:
     """Σ x xᵀ (m, m) of a closing linear's inputs, and Σ d xᵀ (n, m), with d what the residual stream behind it lacks.
 
     wanted: that stream as it should be, (tokens, n) per batch; None: nothing is lacking, as None says in turn.
@@ -177,8 +176,3 @@ def moments(
         if missing is not None:
             missing.addmm_(((target - after) / size).T, X / size)
     return hessian.matrix, missing
-
-
-def stream_behind(twin: Block | None, reader: str) -> Iterator[Tensor] | None:
-    """The residual stream behind a closing linear of an unchanged block, (tokens, n) per batch."""
-    return None if twin is None else (after for _, _, after in twin.around(reader, last=True))

@@ -71,7 +71,7 @@ class Heads(Removal):
 
     def apply(self, model: Model, context: Context) -> None:
         """Cut every block in place, then the config."""
-        from compress.steps.prune._removal import beside, moments, stream_behind
+        from compress.steps.prune._removal import summed
         from compress.steps.prune._structure import reader_of, refuse_unready
 
         self.check(model.facts)
@@ -84,9 +84,7 @@ class Heads(Removal):
         part: Any
         config = model.module.config
         smaller = _with_heads(copy.deepcopy(config), before, after)
-        for block, twin, counts in beside(model, context, self):
-            name = f"{before.architecture.blocks}.{block.index}.{reader}"
-            sums = moments(block, name, stream_behind(twin, name), counts)
+        for block, name, sums in summed(model, context, self, reader):
             self._cut(before, after, block, name, sums, felt[block.index])
             for part in block.module.modules():
                 if hasattr(part, "config"):  # some read their counts there, while later blocks still have them all

@@ -54,7 +54,7 @@ class Neurons(Removal):
 
     def apply(self, model: Model, context: Context) -> None:
         """Narrow every block in place, then the config."""
-        from compress.steps.prune._removal import beside, moments, stream_behind
+        from compress.steps.prune._removal import summed
         from compress.steps.prune._structure import reader_of, refuse_unready
 
         self.check(model.facts)
@@ -64,9 +64,7 @@ class Neurons(Removal):
         refuse_unready(model, context, self.name)
         reader = reader_of(model.facts.architecture, "mlp")
         felt = self.felt(model, context, reader)
-        for block, twin, counts in beside(model, context, self):
-            name = f"{model.facts.architecture.blocks}.{block.index}.{reader}"
-            sums = moments(block, name, stream_behind(twin, name), counts)
+        for block, name, sums in summed(model, context, self, reader):
             self._narrow(model, block, name, sums, width, felt[block.index])
         setattr(model.module.config, model.facts.architecture.keys["mlp"], width)
         model.reshaped()
