@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from pydantic import Field
 
+from compress import timing
 from compress.errors import GateInconclusive
 from compress.interfaces import Aspect, Documents, Evaluator, Example, LanguageModel, Score, Streaming
 
@@ -78,12 +78,7 @@ class Latency(Evaluator):
 
     def _seconds_per_token(self, model: Streaming, window: Sequence[int]) -> float:
         """Only decoding is timed: the prompt before it gives the other runtime's threads time to fall asleep."""
-        rows = model.stream(window, self.prompt_tokens)
-        next(rows)
-        started = time.perf_counter()
-        for _ in rows:
-            pass
-        return (time.perf_counter() - started) / self.new_tokens
+        return timing.stream_seconds(model, window, self.prompt_tokens)[1] / self.new_tokens
 
     def value(self, scores: Sequence[Score]) -> float:
         """The ratio: the geometric mean over rounds."""
