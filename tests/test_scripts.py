@@ -1,4 +1,4 @@
-"""The parts of scripts/bench_decisions.py, mutate.py and interop_llama_kl.py that their figures rest on."""
+"""The parts of bench_decisions.py, bench_prune.py, mutate.py and interop_llama_kl.py that their figures rest on."""
 
 import ast
 import importlib.util
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.tiny import perturbed, tiny_model
+from tests.tiny_gguf import tiny
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -20,7 +21,7 @@ def scripts():
     """All as modules; one imports another script by name, as it does when it is run."""
     sys.path.insert(0, str(SCRIPTS))
     found = {}
-    for name in ("bench_decisions", "mutate", "interop_llama_kl"):
+    for name in ("bench_decisions", "bench_prune", "mutate", "interop_llama_kl"):
         spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
         sys.modules[name] = found[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(found[name])
@@ -123,3 +124,22 @@ def test_windows_are_read_from_what_the_tool_keeps(scripts, tmp_path):
     base.write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(SystemExit, match="does not begin"):
         read(base)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_pruned_rows_are_timed_in_the_baselines_encoding(scripts, monkeypatch, tmp_path):
+    bench, baseline = scripts["bench_prune"], tiny(intermediate_size=160)
+    monkeypatch.setattr(bench, "FORMATS", ("gguf",))  # the other one takes its builder some seconds
+    monkeypatch.setattr(bench, "SECONDS", 0.5)
+    bench._write_int8(bench.fresh(baseline), tmp_path)
+    model = bench.fresh(baseline)
+    bench._prune(model, "magnitude 50 %", [], 0)
+    found = bench._runtimes(model, tmp_path)["gguf"]
+    assert {str(encoded.encoding) for encoded in model.encoded.values()} == {"int8 g32"} and model.masks
+    assert found["size_bytes"] == sum(p.stat().st_size for p in (tmp_path / "gguf").iterdir())
+    for part in ("prefill", "decode"):
+        ratio, lower, upper = found[f"{part}_times_as_fast"]
+        assert lower <= ratio <= upper and 1 / 3 < ratio < 3 and found[f"{part}_tokens_per_second"] > 0
+    narrow = bench.fresh(baseline)
+    bench._prune(narrow, "neurons, no update", [torch.arange(64)], 0)
+    assert bench._runtimes(narrow, tmp_path)["gguf"]["size_bytes"] < found["size_bytes"]
