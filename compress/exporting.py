@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, lineage, noise, provenance
+from compress import artifact, lineage, noise, provenance, timing, zeros
 from compress.decisions import combine
 from compress.encodings import EncodedTensor, Encoding, same_stored
 from compress.errors import Corrupt, RecipeError
@@ -34,8 +34,9 @@ def export(bench: Workbench, entry: ExportEntry, final: Path, out: Path) -> Expo
     model = bench.model(final)
     model.described = asdict(lineage.of(bench.source))
     files = write_exactly(model, exporter, out)
-    bench.close()  # the runtime holds its own weights from here on
     seconds = round(time.monotonic() - started, 1)
+    brought = _brought_by_zeros(bench, exporter, model, out, files, final)
+    bench.close()  # the runtime holds its own weights from here on
     sizes = Sizes(sum(f.bytes for f in files), artifact.manifest(final)["bits_per_weight"])
     opened = exporter.open(out)
     try:
@@ -55,7 +56,29 @@ def export(bench: Workbench, entry: ExportEntry, final: Path, out: Path) -> Expo
         compute=compute,
         seconds=seconds,
         gate=gate,
+        zeros=brought,
     )
+
+
+def _brought_by_zeros(
+    bench: Workbench, exporter: Exporter, model: Model, out: Path, files: Sequence[FileRecord], final: Path
+) -> zeros.Zeros | None:
+    """What the model's pruned zeros bring its files, measured once; None where nothing is pruned."""
+    if not zeros.pruned(model):
+        return None
+    given = {
+        "zeros": [zeros.VERSION, timing.PROMPT_TOKENS, timing.NEW_TOKENS],
+        "exporter": [exporter.name, exporter.version, exporter.model_dump(mode="json")],
+        "files": [[f.name, f.sha256] for f in files],
+        "model": artifact.digest(final),
+        **bench.conditions(),
+    }
+
+    def compute() -> Any:
+        bench.reporter.say(f"  measuring what pruned zeros bring {exporter.name}")
+        return zeros.measure(model, exporter, out, bench.close).model_dump(mode="json")
+
+    return zeros.Zeros.model_validate(bench.recorded(given, compute))
 
 
 def write_exactly(model: Model, exporter: Exporter, out: Path) -> list[FileRecord]:

@@ -14,6 +14,7 @@ from compress.gate import CheckResult, Figure, GateResult
 from compress.holdout import Holdout
 from compress.interfaces import Aspect
 from compress.noise import Noise
+from compress.zeros import Zeros
 
 FILE = "run.json"
 SCHEMA = "compress.run/1"
@@ -110,6 +111,7 @@ class ExportRecord(_Record):
     compute: str
     seconds: float
     gate: GateResult
+    zeros: Zeros | None = None  # what they bring the file, where weights were pruned
 
 
 class RunRecord(_Record):

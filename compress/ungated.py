@@ -18,8 +18,10 @@ from compress.interfaces import Exporter
 from compress.lineage import Lineage
 from compress.provenance import facts
 from compress.record import FileRecord
+from compress.report.zeros import sentence
 from compress.validation import validated
 from compress.yaml_nodes import Document, apply_set
+from compress.zeros import Zeros, measure, pruned
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -29,7 +31,10 @@ _MEASURES = "perplexity,divergence"
 
 
 class Exported(BaseModel):
-    """What was written. model, origin: what it was made of. gated: never; `hint` says how to measure and gate."""
+    """What was written. model, origin: what it was made of. gated: never; `hint` says how to measure and gate.
+
+    zeros: what they bring the files, where weights were pruned.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,6 +48,7 @@ class Exported(BaseModel):
     bits_per_weight: float
     weights_exact: Literal[True] = True
     gated: Literal[False] = False
+    zeros: Zeros | None = None
     hint: str
 
 
@@ -83,7 +89,8 @@ def write(
         with publishing.staging(folder) as staging:
             files = write_exactly(opened, exporter, staging / folder.name)
             size, bits = sum(f.bytes for f in files), artifact.bits_per_weight(opened)
-            account = facts.of_model(opened, exporter, size, bits, origin.spec, known)
+            brought = _brought_by_zeros(opened, exporter, staging / folder.name, say)
+            account = facts.of_model(opened, exporter, size, bits, origin.spec, known, brought)
             files = provenance.attach(staging / folder.name, account, files)
             _require_new(folder)  # by now another process may have made it
             publishing.publish(staging / folder.name, folder)
@@ -99,6 +106,7 @@ def write(
         files=files,
         size_bytes=size,
         bits_per_weight=bits,
+        zeros=brought,
         hint=_hint(folder, origin.baseline, exporter.name, "label_divergence" if opened.labels else _MEASURES),
     )
 
@@ -107,7 +115,15 @@ def lines(made: Exported) -> list[str]:
     """What was written, for a reader."""
     found = [f"{Path(made.path) / f.name}  {f.bytes / 1e6:.1f} MB  sha256 {f.sha256[:12]}…" for f in made.files]
     size = f"{made.size_bytes / 1e6:.1f} MB, {made.bits_per_weight:.2f} bits per weight, weights exact"
-    return [*found, f"{made.format} of {made.model} ({made.origin}): {size}", f"NOT GATED: {made.hint}"]
+    brought = [sentence(made.zeros)] if made.zeros else []
+    return [*found, f"{made.format} of {made.model} ({made.origin}): {size}", *brought, f"NOT GATED: {made.hint}"]
+
+
+def _brought_by_zeros(model: Model, exporter: Exporter, written: Path, say: Callable[[str], None]) -> Zeros | None:
+    if not pruned(model):
+        return None
+    say(f"measuring what pruned zeros bring {exporter.name}")
+    return measure(model, exporter, written)
 
 
 def _opened(model: str | Path | Model, say: Callable[[str], None]) -> tuple[Model, opening.Origin]:

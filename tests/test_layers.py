@@ -19,6 +19,7 @@ LAYERS = [
     ("compress.data", "compress.artifact", "compress.blocks", "compress.lineage"),
     ("compress.interfaces",),
     ("compress.plugin", "compress.timing"),
+    ("compress.zeros",),
     ("compress.steps", "evaluators", "export"),
     ("compress.decisions", "compress.scoring"),
     ("compress.fixed_sample",),

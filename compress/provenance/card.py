@@ -56,6 +56,8 @@ def _summary(facts: Mapping[str, Any]) -> str:
         text += " Every gate below passed on this very file, in the runtime that executes it."
     else:
         text += " **No gate has looked at it**: its weights are exact, and nothing is proven about their loss."
+    if facts["zeros"]:
+        text += f"\n\nMeasured: {escape(facts['zeros']['finding'])}."
     if not base["license"]:
         text += " The base model's files state no licence."
     return text

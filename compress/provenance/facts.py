@@ -15,7 +15,9 @@ from compress.interfaces import Exporter, Plugin
 from compress.lineage import Lineage
 from compress.recipe import Recipe
 from compress.record import ExportRecord, RunRecord, StepRecord
+from compress.report.zeros import sentence
 from compress.source import Source
+from compress.zeros import Zeros
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -39,6 +41,7 @@ def of_run(
     base = {"source": baseline.model, "files": source.digest(origin), "digest": baseline.digest}
     return {
         **_artifact(exporter, known["name"], made.size_bytes, made.bits_per_weight, known["parameters"]),
+        "zeros": _zeros(made.zeros),
         **_task(shapes, exporter.usage_of(cache, shapes.paired)),
         "runtime": made.runtime,
         "compute": made.compute,
@@ -54,11 +57,18 @@ def of_run(
 
 
 def of_model(
-    model: Model, exporter: Exporter, size_bytes: int, bits: float, spec: str, known: Lineage
+    model: Model,
+    exporter: Exporter,
+    size_bytes: int,
+    bits: float,
+    spec: str,
+    known: Lineage,
+    brought: Zeros | None = None,
 ) -> dict[str, Any]:
-    """An artifact that no gate has looked at."""
+    """An artifact that no gate has looked at. brought: by pruned zeros, where there are any."""
     return {
         **_artifact(exporter, model.name, size_bytes, bits, model.facts.parameters),
+        "zeros": _zeros(brought),
         **_task(model.facts, exporter.usage_of(model.cache, model.facts.paired)),
         "runtime": exporter.runtime,
         "compute": None,
@@ -85,6 +95,14 @@ def _artifact(exporter: Exporter, name: str, size_bytes: int, bits: float, param
         "versions": environment.versions(),
         "code": {"sha256": environment.code_sha256()},
     }
+
+
+def _zeros(brought: Zeros | None) -> dict[str, Any] | None:
+    """What pruned zeros bring the files: of the clock's figures, as of checks that ask it, the verdict alone."""
+    if brought is None:
+        return None
+    kept = brought.model_dump(mode="json", exclude={"prefill", "decode"})
+    return {**kept, "gains": brought.gains, "finding": sentence(brought, lasting=True)}
 
 
 def _task(known: Facts, usage: Mapping[str, str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.report import figures
+from compress.report import figures, zeros
 from compress.report.figures import clean, number
 from compress.report.view import (
     Artifact,
@@ -252,7 +252,7 @@ def _artifact(record: Mapping[str, Any]) -> Artifact:
         bits_per_weight=number(record.get("bits_per_weight")),
         seconds=number(record.get("seconds")),
         peak_rss_bytes=number(record.get("peak_rss_bytes")),
-        notes=_words(record.get("notes")),
+        notes=tuple(zeros.notes(record.get("zeros"))),
         gate_off=_words(record.get("gate_off")),
     )
     return Artifact(

@@ -10,11 +10,14 @@ from compress.report.view import Check, Report, Stage, worst
 
 
 def summary_lines(run: dict[str, Any]) -> list[str]:
-    """One line per model with the check that decides, then the verdict and its claims, in ASCII."""
+    """One line per model with the check that decides, notes on what ships, the verdict and its claims, in ASCII."""
     report = read(run)
     stages = list(report.stages())
     width = min(36, max(len(_name(s)) for s in stages))
-    lines = [_stage(stage, width, report) for stage in stages]
+    lines = []
+    for stage in stages:
+        lines.append(_stage(stage, width, report))
+        lines += [f"  {note}" for note in stage.notes if stage.kind == "export"]
     if report.error:
         lines.append(f"error: {report.error}")
     lines.append(f"{prose.STATUS_WORDS.get(report.status, report.status).upper()}: {prose.headline(report)}")
