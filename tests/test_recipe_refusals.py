@@ -120,6 +120,28 @@ def test_later_steps_are_judged_on_the_shapes_that_any_attempt_before_may_leave(
     assert refusals.check(recipe(SHORT + keep.replace("29", "26")), SMOL) == []
 
 
+PAIRED = Facts.from_config(CONFIG | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64})
+GPT2 = Facts.from_config({"model_type": "gpt2", "vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 2})
+
+
+@pytest.mark.parametrize(
+    ("facts", "first", "problem"),
+    [
+        (PAIRED, "prune.heads: {groups: 2}", "groups=2 leaves none of 2 key/value heads; use at most 1"),
+        (PAIRED, "prune.heads: {queries: 4}", "queries=4 leaves none of 4 query heads; use at most 2"),
+        (GPT2, "prune.heads: {groups: 2}", "the config of a gpt2 cannot say that heads and width no longer divide"),
+    ],
+)
+def test_a_step_that_is_refused_is_named_before_any_step_behind_it(facts: Facts, first: str, problem: str) -> None:
+    name = first.split(":")[0]
+    second = '  - prune.heads: {queries: 1}\n  - quantize.rtn: {keep: {"*.down_proj": int8}}\n'
+    message = refusal(recipe(f"  - {first}\n{second}"), facts)
+    assert message.startswith(f"recipe.yaml:9:5  steps[0] {name}: ") and problem in message
+    alternative = f"  - quantize.kv_cache: {{}}\n    otherwise:\n      - {first}\n{second}"
+    message = refusal(recipe(alternative), facts)
+    assert message.startswith(f"recipe.yaml:11:9  steps[0] otherwise[0] {name}: ") and problem in message
+
+
 def test_an_exporter_is_asked_about_the_tensors_that_remain() -> None:
     last = '  - quantize.rtn: {encoding: fp, keep: {"*.29.*": int3}}\n'.replace("fp", "int8")
     export = "export:\n  - gguf: {}\n"
