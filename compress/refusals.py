@@ -13,6 +13,7 @@ from compress.interfaces import Evaluator, Exporter, Step
 from compress.pairs import mismatch, require
 from compress.recipe import Recipe, StepEntry
 from compress.recipe_data import requests
+from compress.validation import titled
 
 
 def check(recipe: Recipe, facts: Facts) -> list[str]:
@@ -79,7 +80,7 @@ def _title(path: Sequence[str | int]) -> str:
 
 
 def _refusal(recipe: Recipe, path: Sequence[str | int], message: str) -> RecipeError:
-    return RecipeError(f"{recipe.place(*path)}  {_title(path)}: {message}")
+    return RecipeError(f"{recipe.place(*path)}  {titled(_title(path), message)}")
 
 
 def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step: Step) -> None:

@@ -30,7 +30,19 @@ def validated(document: Document, kind: type[M], fields: Any, path: Path, label:
     except ValidationError as error:
         raise _translated(document, error, kind, path, label) from None
     except RecipeError as error:  # a plug-in's own judgement of its fields
-        raise RecipeError(f"{document.place(path, key=True)}  {label}: {error}") from None
+        raise RecipeError(f"{document.place(path, key=True)}  {titled(label, str(error))}") from None
+
+
+def titled(title: str, message: str) -> str:
+    """The message behind its title; a plug-in that names itself, as it must where it stands alone, is named once.
+
+    >>> titled("export[0] gguf", "no blocks"), titled("export[0] gguf", "gguf: no blocks")
+    ('export[0] gguf: no blocks', 'export[0] gguf: no blocks')
+    >>> titled("export[0] gguf", "gguf cannot write it")
+    'export[0] gguf cannot write it'
+    """
+    own = title.rpartition(" ")[2]
+    return title + message.removeprefix(own) if message.startswith((f"{own}:", f"{own} ")) else f"{title}: {message}"
 
 
 def _translated(document: Document, error: ValidationError, kind: Any, path: Path, label: str) -> RecipeError:

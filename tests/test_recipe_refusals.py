@@ -2,6 +2,7 @@ import pytest
 
 from compress import plan, refusals
 from compress.architectures import Facts
+from compress.errors import RecipeError
 from tests.recipes import CONFIG, HEAD, SMOL, recipe, refusal
 
 
@@ -209,6 +210,18 @@ def test_an_exporter_judges_the_architecture() -> None:
     message = refusal(recipe("  - quantize.cast: {}\n", export="export:\n  - onnx: {}\n"), odd)
     assert message.startswith("recipe.yaml:11:5  export[0] onnx: ")
     assert "40" in message
+
+
+def test_a_plug_in_that_names_itself_is_named_once() -> None:
+    narrow = "prune.hidden: {fraction: 0.5, round_to: 16}"
+    assert refusal(recipe(f"  - {narrow}\n"), GPT2).startswith("recipe.yaml:9:5  steps[0] prune.hidden: the config of")
+    with pytest.raises(RecipeError, match=r"^recipe\.yaml:9:5  steps\[0\] quantize\.hqq chooses integer codes"):
+        recipe("  - quantize.hqq: {encoding: nf4}\n")
+    rope = Facts.from_config(CONFIG | {"rope_scaling": {"type": "linear"}})
+    message = refusal(recipe("  - quantize.rtn: {}\n", export="export:\n  - gguf: {}\n"), rope)
+    assert message.startswith("recipe.yaml:11:5  export[0] gguf: rope scaling 'linear'")
+    message = refusal(recipe("  - quantize.rtn: {}\n", export="export:\n  - onnx: {}\n"), GPT2)
+    assert message.startswith("recipe.yaml:11:5  export[0] onnx genai carries exact weights")
 
 
 def test_an_exporter_judges_encodings_together() -> None:

@@ -1,6 +1,7 @@
 """Steps that remove channels and blocks: really smaller models that everything after them accepts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,6 +170,30 @@ def test_what_removes_nothing_or_all_is_refused(name, fields, message):
         step(name)(**fields).check(tiny_model().facts)
     with pytest.raises(RecipeError, match=message):
         step(name)(**fields).apply(tiny_model(), Context(seed=0, calibration=windows()))
+
+
+@pytest.mark.parametrize(
+    ("heads", "fields", "message"),
+    [
+        ((4, 1), {"groups": 1}, "groups=1 leaves none of 1 key/value heads; leave groups out"),
+        ((4, 2), {"groups": 1, "queries": 2}, "queries=2 leaves none of 2 query heads; use at most 1"),
+        ((2, 2), {"queries": 2}, "queries=2 leaves none of 2 query heads; remove whole groups"),
+        (
+            (2, 2),
+            {"queries": 1},
+            "queries=1 of 2 query heads leaves 1, which 2 key/value heads cannot share evenly; remove whole groups",
+        ),
+        ((4, 2), {"queries": 5}, "queries=5 leaves none of 4 query heads; use at most 2, or remove whole groups"),
+        ((1, 1), {"queries": 1}, "queries=1 leaves none of 1 query heads; leave queries out"),
+    ],
+)
+def test_the_remedy_can_be_followed(heads, fields, message):
+    shape = dict(zip(("num_attention_heads", "num_key_value_heads"), heads, strict=True))
+    facts = tiny_model(**shape).facts
+    with pytest.raises(RecipeError, match=f"^{message}$"):
+        step("prune.heads")(**fields).check(facts)
+    with pytest.raises(RecipeError, match="^count=1 leaves none of 1 blocks; leave the step out$"):
+        step("prune.layers")(count=1).check(replace(facts, layers=1))
 
 
 @pytest.mark.parametrize(

@@ -44,20 +44,19 @@ class Heads(Removal):
             refuse_without_head_size(facts, self.name)
         groups, per_group = facts.kv_heads - self.groups, facts.heads // facts.kv_heads
         if groups < 1:
-            raise RecipeError(
-                f"groups={self.groups} leaves none of {facts.kv_heads} key/value heads; "
-                f"use at most {facts.kv_heads - 1}"
-            )
+            remedy = f"use at most {facts.kv_heads - 1}" if facts.kv_heads > 1 else "leave groups out"
+            raise RecipeError(f"groups={self.groups} leaves none of {facts.kv_heads} key/value heads; {remedy}")
         heads = groups * per_group
+        most = heads - groups  # a query head stays with each key/value head
+        if self.queries >= heads:
+            remedies = [f"use at most {most}"] * (most > 0) + ["remove whole groups"] * (groups > 1)
+            remedy = ", or ".join(remedies) or "leave queries out"
+            raise RecipeError(f"queries={self.queries} leaves none of {heads} query heads; {remedy}")
         if self.queries % groups:
+            remedy = f"remove a multiple of {groups}" if most else "remove whole groups"
             raise RecipeError(
                 f"queries={self.queries} of {heads} query heads leaves {heads - self.queries}, which {groups} "
-                f"key/value heads cannot share evenly; remove a multiple of {groups}"
-            )
-        if self.queries >= heads:
-            raise RecipeError(
-                f"queries={self.queries} leaves none of {heads} query heads; use at most {heads - groups}, or remove "
-                "whole groups"
+                f"key/value heads cannot share evenly; {remedy}"
             )
 
     def facts_after(self, facts: Facts) -> Facts:

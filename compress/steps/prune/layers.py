@@ -46,9 +46,8 @@ class Layers(Step):
         if self.update == "stream":
             refuse_post_norms(facts, self.name)
         if self.count >= facts.layers:
-            raise RecipeError(
-                f"count={self.count} leaves none of {facts.layers} blocks; use at most {facts.layers - 1}"
-            )
+            remedy = f"use at most {facts.layers - 1}" if facts.layers > 1 else "leave the step out"
+            raise RecipeError(f"count={self.count} leaves none of {facts.layers} blocks; {remedy}")
 
     def facts_after(self, facts: Facts) -> Facts:
         """The same model with fewer blocks."""
