@@ -179,6 +179,10 @@ class Step(Plugin, ABC):
         """Every encoding that a tensor may end in, where weights decide; by default what `encodings` says."""
         return {name: [encoding] for name, encoding in self.encodings(facts).items()}
 
+    def masked(self, facts: Facts) -> set[str]:
+        """Names of the tensors that may have a mask once a step that `masks` is done; by default every linear's."""
+        return {f"{name}.weight" for name in facts.linears} if self.masks else set()
+
     def inputs(self, facts: Facts) -> Mapping[str, InputRounding]:
         """How the inputs of linears will be rounded in every forward pass, by name; empty for most steps."""
         return {}
@@ -211,16 +215,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """An example's measured total over `weight` scored positions, with further totals by name.
-
-    positions: the values per scored position, where percentiles over positions are reported.
-    """
+    """An example's measured total over `weight` scored positions, with further totals by name."""
 
     id: str
     total: float
     weight: float
     extra: Mapping[str, float] = field(default_factory=dict)
-    positions: Sequence[float] = ()
+    positions: Sequence[float] = ()  # the value per scored position, where percentiles over them are reported
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,6 @@ class Sample:
     """An example worth showing to people: what was asked, and what the reference and the model answer."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # it is a part of run.json, too
-
     id: str
     prompt: str
     reference: str

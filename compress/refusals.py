@@ -26,7 +26,7 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
         for path, step in _attempts(entry, i):
             for before in shapes[i]:
                 _check_step(recipe, before, path, step)
-            _check_order(recipe, shapes[i], i, path, step)
+            _check_order(recipe, shapes, i, path, step)
         _check_margins(recipe, i, entry)
         shapes.append(_shapes_after(entry, shapes[i]))
     if recipe.streaming:
@@ -74,6 +74,11 @@ def _encodings(step: Step, shapes: Sequence[Facts]) -> dict[str, Encoding]:
     return {name: encoding for facts in shapes for name, encoding in step.encodings(facts).items()}
 
 
+def _masked(step: Step, shapes: Sequence[Facts]) -> set[str]:
+    """The tensors that may have a mask after the step, on a model of any of these facts."""
+    return {name for facts in shapes for name in step.masked(facts)}
+
+
 def _title(path: Sequence[str | int]) -> str:
     """("steps", 1, "otherwise", 0, "quantize.rtn") as `steps[1] otherwise[0] quantize.rtn`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f" {part}" for part in path).lstrip()
@@ -103,24 +108,27 @@ def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step:
         raise _refusal(recipe, path, str(error)) from None
 
 
-def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[str | int, ...], step: Step) -> None:
+def _check_order(
+    recipe: Recipe, shapes: Sequence[Sequence[Facts]], i: int, path: tuple[str | int, ...], step: Step
+) -> None:
     """Codes are final: nothing may train, prune or round them again. Masks and codes fix the shapes."""
+    now = shapes[i]
     for k, earlier in enumerate(recipe.steps[:i]):
-        holding = next((attempt for attempt in earlier.attempts if attempt.packs or attempt.masks), None)
+        holding = next((attempt for attempt in earlier.attempts if attempt.packs or _masked(attempt, shapes[k])), None)
         if step.reshapes and holding is not None:
             held = "stored the weights in an encoding" if holding.packs else "pruned single weights"
             message = f"changes shapes after steps[{k}] {holding.name} has {held}; move it before steps[{k}]"
             raise _refusal(recipe, path, message)
-        rounding = next((a for a in earlier.attempts if a.cache() or any(a.inputs(facts) for facts in shapes)), None)
+        rounding = next((a for a in earlier.attempts if a.cache() or any(a.inputs(facts) for facts in now)), None)
         if step.recovers and rounding is not None:
             message = f"trains after steps[{k}] {rounding.name} rounds what the model computes, which has no gradient"
             raise _refusal(recipe, path, f"{message}; move it before steps[{k}]")
-        if rounding is not None and any(step.gradient_bytes(facts) for facts in shapes):
+        if rounding is not None and any(step.gradient_bytes(facts) for facts in now):
             message = f"takes gradients after steps[{k}] {rounding.name} rounds what the model computes, which has none"
             other = " or choose another criterion" if "criterion" in type(step).model_fields else ""
             raise _refusal(recipe, path, f"{message}; move it before steps[{k}]{other}")
-        if pruning := next((attempt for attempt in earlier.attempts if attempt.masks), None):
-            _check_zeros(recipe, path, step, shapes, f"steps[{k}] {pruning.name}")
+        for pruning in earlier.attempts:
+            _check_zeros(recipe, path, step, now, _masked(pruning, shapes[k]), f"steps[{k}] {pruning.name}")
         packing = next((attempt for attempt in earlier.attempts if attempt.packs), None)
         if packing is None:
             continue
@@ -133,12 +141,12 @@ def _check_order(recipe: Recipe, shapes: Sequence[Facts], i: int, path: tuple[st
 
 
 def _check_zeros(
-    recipe: Recipe, path: tuple[str | int, ...], step: Step, shapes: Sequence[Facts], pruning: str
+    recipe: Recipe, path: tuple[str | int, ...], step: Step, shapes: Sequence[Facts], masked: set[str], pruning: str
 ) -> None:
-    """An encoding without a zero would resurrect pruned weights."""
+    """An encoding without a zero would resurrect the pruned weights of a masked tensor."""
     chosen = ((name, e) for facts in shapes for name, some in step.possible(facts).items() for e in some)
     for name, encoding in chosen:
-        if not encoding.holds_zero:
+        if name in masked and not encoding.holds_zero:
             message = f"{name}: {encoding} holds no zero, and {pruning} has pruned weights; use int4 or mxfp4"
             raise _refusal(recipe, path, message)
 

@@ -72,6 +72,28 @@ def test_an_encoding_without_zero_is_refused_after_pruning() -> None:
     assert refusals.check(recipe("  - quantize.rtn: {encoding: iq4_nl}\n"), SMOL) == []
 
 
+SPARED = '  - prune.wanda: {sparsity: 0.2, layers: {"*.down_proj": 0.0}}\n'
+
+
+def test_an_encoding_without_zero_is_refused_for_pruned_tensors_alone() -> None:
+    apart = '  - quantize.rtn: {keep: {"*.down_proj": iq4_nl}, embeddings: iq4_nl}\n'
+    assert refusals.check(recipe(SPARED + apart), SMOL) == []
+    assert "0.mlp.down_proj.weight: iq4_nl" in refusal(recipe(SPARED.replace("0.0", '"2:4"') + apart))
+    assert "0.self_attn.o_proj.weight: iq4_nl" in refusal(recipe(SPARED + apart.replace("down", "o")))
+    assert "0.self_attn.q_proj.weight: iq4_nl" in refusal(recipe(SPARED + "  - quantize.rtn: {encoding: iq4_nl}\n"))
+    # an alternative spares other tensors
+    either = SPARED + "    otherwise:\n      - prune.magnitude: {sparsity: 0.1}\n"
+    message = refusal(recipe(either + apart))
+    assert "0.mlp.down_proj.weight: iq4_nl" in message and "steps[0] prune.magnitude has pruned weights" in message
+
+
+def test_a_step_that_prunes_nothing_bars_no_other() -> None:
+    nothing = '  - prune.wanda: {sparsity: 0.2, layers: {"*": 0}}\n'
+    assert refusals.check(recipe(nothing + NARROW), SMOL) == []
+    assert refusals.check(recipe(nothing + "  - quantize.rtn: {encoding: iq4_nl}\n"), SMOL) == []
+    assert "after steps[0] prune.wanda has pruned single weights" in refusal(recipe(SPARED + NARROW))
+
+
 NARROW, SHORT = "  - prune.neurons: {fraction: 0.25}\n", "  - prune.layers: {count: 3}\n"
 
 

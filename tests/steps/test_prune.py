@@ -125,6 +125,18 @@ def test_layers_have_targets_of_their_own_and_unknown_layers_are_errors(name):
         step(name)(sparsity=0.5, layers={"*.down_proj": 0.2, "*.dwn_proj": 0.1}).check(tiny_model().facts)
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_the_tensors_foretold_are_those_that_are_masked_and_the_others_take_any_encoding(name):
+    chosen = step(name)(sparsity=0.3, layers={"*.down_proj": 0.0, "*.1.self_attn.*": "2:4", "*.1.*.k_proj": 0.0})
+    model = tiny_model()
+    foretold = chosen.masked(model.facts)
+    chosen.apply(model, Context(seed=0, calibration=windows(4)))
+    assert foretold == model.masks.keys() and len(foretold) == 14 - 3
+    keep = {"*.down_proj": "iq4_nl", "*.1.*.k_proj": "iq4_nl"}  # without a zero
+    step("quantize.rtn")(group_size=16, keep=keep).apply(model, Context(seed=0))
+    assert sum(e.encoding.name == "iq4_nl" for e in model.encoded.values()) == 3
+
+
 def test_layers_with_a_target_of_their_own_stand_outside_the_global_comparison():
     masks = pruned("prune.magnitude", sparsity=0.4, scope="global", layers={"*.down_proj": 0.0}).masks
     assert not any("down_proj" in tensor for tensor in masks)

@@ -53,6 +53,10 @@ class WeightPruning(Step):
                     f"{target[1]}, as pattern {target[0]}:{target[1]} needs; give it a sparsity under layers"
                 )
 
+    def masked(self, facts: Facts) -> set[str]:
+        """All but those whose target is 0."""
+        return {tensor for tensor, target in self.targets(facts).items() if target}
+
     def begin(self, model: Model, context: Context) -> dict[str, Target]:
         """The targets of this model; raises RecipeError where it or the context does not allow them."""
         from compress.steps.prune._record import refuse_encoded
