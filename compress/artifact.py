@@ -213,7 +213,10 @@ def _shelf(folder: Path, module: Any, specs: Mapping[str, Any]) -> Shelf:
 
 
 def bits_per_weight(model: Model) -> float:
-    """Stored bits per weight over every tensor: codes, scales, zero points, embeddings and norms."""
+    """Stored bits per weight over every tensor: codes, scales, zero points, embeddings and norms, but no masks.
+
+    A mask is for later steps: it is a part of the artifact's bytes, and of no export's.
+    """
     import torch
 
     bits = weights = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,10 @@ BANDWIDTH = 1e10  # bytes of weights per second: a written token reads them all;
 GATE_DOCUMENTS = 200  # a clear verdict takes 50 to 200
 LIBRARY_BYTES = 600_000_000
 
-SIZE_BASIS = "codes, scales and zero points of every matrix, other matrices and norms in float32; no file headers"
+SIZE_BASIS = (
+    "codes, scales and zero points of every matrix, other matrices and norms in float32; of each pruned matrix a mask "
+    "besides, a bit for every weight, which the bits per weight leave out and no export holds; no file headers"
+)
 TIME_BASIS = (
     f"an estimate: 2 operations per weight and token at {FLOPS:.1e} per second (float32, two cores); "
     "calibration counts 3 forward passes, 6 where gradients choose, training 4; a gate's model and reference each see "
@@ -85,12 +88,14 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     check_documents(recipe, facts, parts)
     texts, datasets = _texts(parts), evaluation(parts)
     stored = {name: Encoding("fp32") for name in facts.matrices}
+    masked: set[str] = set()
     baseline, steps = _size(facts, stored), []
     now = facts
     for i, entry in enumerate(recipe.steps):
-        steps.append(_describe_step(recipe, now, entry, stored, texts, datasets))
+        steps.append(_describe_step(recipe, now, entry, stored, masked, texts, datasets))
         warnings += _power_warnings(f"steps[{i}] {entry.step.name}", steps[-1]["checks"])
         stored |= entry.step.encodings(now)
+        masked |= entry.step.masked(now)
         now = entry.step.facts_after(now)
     release = _powers(recipe.release, 1, datasets)
     warnings += [*_memory_warning(recipe, facts), *_dtype_warning(recipe)]
@@ -116,10 +121,14 @@ def _describe_step(
     facts: Facts,
     entry: StepEntry,
     stored: Mapping[str, Encoding],
+    masked: set[str],
     texts: Sequence[Text],
     datasets: Sequence[Documents],
 ) -> dict[str, Any]:
-    sizes = [_size(step.facts_after(facts), {**stored, **step.encodings(facts)}) for step in entry.attempts]
+    sizes = [
+        _size(step.facts_after(facts), {**stored, **step.encodings(facts)}, masked | step.masked(facts))
+        for step in entry.attempts
+    ]
     return {
         "name": entry.step.name,
         "params": entry.step.model_dump(mode="json"),
@@ -144,10 +153,14 @@ def _texts(parts: Sequence[Split]) -> list[Text]:
     return found
 
 
-def _size(facts: Facts, stored: Mapping[str, Encoding]) -> dict[str, Any]:
-    """Predicted size_bytes and bits_per_weight of matrices in these encodings, and the rest in float32."""
+def _size(facts: Facts, stored: Mapping[str, Encoding], masked: Collection[str] = ()) -> dict[str, Any]:
+    """Predicted size_bytes and bits_per_weight of matrices in these encodings, and the rest in float32.
+
+    masked: the tensors with a mask, which counts towards the bytes alone, as in `compress.artifact`.
+    """
     bits = 32.0 * facts.floats + sum(n * m * stored[name].bits_per_weight(m) for name, (n, m) in facts.matrices.items())
-    return {"size_bytes": round(bits / 8), "bits_per_weight": bits / (facts.parameters + facts.floats)}
+    masks = sum(math.ceil(math.prod(facts.matrices[name]) / 8) for name in masked)
+    return {"size_bytes": round(bits / 8) + masks, "bits_per_weight": bits / (facts.parameters + facts.floats)}
 
 
 def _forward_seconds(facts: Facts, tokens: float) -> float:

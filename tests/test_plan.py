@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from compress import plan
+from compress import artifact, plan
 from compress.cli import _plan_lines
 from compress.decisions import minimum_detectable
+from compress.interfaces import Context
 from compress.recipe import load
 from compress.recipe_data import requests
 from tests.recipes import CONFIG, HEAD, SMOL, recipe, refusal
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,33 @@ def test_sizes_follow_the_steps_and_every_alternative() -> None:
         "    otherwise:\n      - quantize.gptq: {encoding: int8}\n      - quantize.cast: {}\n"
     )
     first, second = found["steps"]
-    assert first["size_bytes"] == found["baseline"]["size_bytes"]
+    masks = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536) // 8
+    assert first["size_bytes"] == found["baseline"]["size_bytes"] + masks and first["bits_per_weight"] == 32
+    (alone,) = described("  - quantize.gptq: {encoding: int4}\n")["steps"]
+    assert second["size_bytes"] == alone["size_bytes"] + masks
     assert [alternative["name"] for alternative in second["otherwise"]] == ["quantize.gptq", "quantize.cast"]
     bits = [second["bits_per_weight"], *(a["bits_per_weight"] for a in second["otherwise"])]
     assert bits == pytest.approx([4.5 + 4 * 49152 * 576 / 134_479_872, 8.5, 16], rel=2e-3)
+
+
+def test_the_size_foretold_is_that_of_the_artifact_masks_and_all(tmp_path: Path) -> None:
+    steps = (
+        '  - prune.magnitude: {sparsity: 0.3, layers: {"*.o_proj": 0, "*.down_proj": "2:4"}}\n'
+        '  - prune.magnitude: {sparsity: 0, layers: {"*.0.*.o_proj": 0.5}}\n'
+        "  - quantize.rtn: {encoding: int8, group_size: 16}\n"
+    )
+    model, chosen = tiny_model(), recipe(steps, HEAD.replace("pydoc", "pydoc, length: 64"))
+    foretold = plan.describe(chosen, model.facts)["steps"]
+    for i, entry in enumerate(chosen.steps):
+        entry.step.apply(model, Context(seed=0))
+        artifact.save(model, tmp_path / str(i))
+        (file,) = (tmp_path / str(i)).glob("*.safetensors")
+        header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        made = artifact.manifest(tmp_path / str(i))
+        assert made["size_bytes"] - header == foretold[i]["size_bytes"]
+        assert made["bits_per_weight"] == pytest.approx(foretold[i]["bits_per_weight"], rel=1e-12)
+    sizes = [step["size_bytes"] for step in foretold]
+    assert sizes[1] - sizes[0] == 32 * 32 // 8 and foretold[1]["bits_per_weight"] == 32
 
 
 def test_sizes_follow_the_shapes() -> None:
