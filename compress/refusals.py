@@ -40,16 +40,22 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
 
 def check_documents(recipe: Recipe, facts: Facts, parts: Sequence[Split]) -> None:
     """Raise RecipeError where documents that will be read are pairs, and the model takes none, or the reverse."""
-    attempts = [step for entry in recipe.steps for step in entry.attempts]
-    read = {"evaluation", "holdout"}
-    read |= {"calibration"} if any(step.uses_calibration for step in attempts) else set()
-    read |= {"selection"} if any(step.uses_selection for step in attempts) else set()
+    read = _read(recipe)
     for part in parts:
         if part.request.role not in read:
             continue
         if problem := mismatch(facts.paired, (document.text for document in part.documents)):
             role = part.request.role
             raise RecipeError(f"{recipe.place('data', role)}  data.{role}: {part.request.source}: {problem}")
+
+
+def _read(recipe: Recipe) -> set[str]:
+    """The roles of data that something in the recipe looks at."""
+    attempts = [step for entry in recipe.steps for step in entry.attempts]
+    read = {"evaluation", "holdout"}
+    read |= {"calibration"} if any(step.uses_calibration for step in attempts) else set()
+    read |= {"selection"} if any(step.uses_selection for step in attempts) else set()
+    return read
 
 
 def _attempts(entry: StepEntry, i: int) -> Iterator[tuple[tuple[str | int, ...], Step]]:
@@ -220,6 +226,12 @@ def _check_measurements(recipe: Recipe, facts: Facts) -> None:
         if request.length > facts.context_length:
             problem = f"length={request.length} exceeds the model's context of {facts.context_length} tokens"
             place = recipe.place("data", request.role)
+            raise RecipeError(f"{place}  data.{request.role}: {problem}")
+        # Pairs are read whole, and text that nothing reads is never cut into windows.
+        short = request.tokens is not None and request.tokens < request.length
+        if short and not facts.paired and request.role in _read(recipe):
+            problem = f"tokens={request.tokens} fill no window of length={request.length}; raise tokens or lower length"
+            place = recipe.place("data", request.role, "tokens")
             raise RecipeError(f"{place}  data.{request.role}: {problem}")
     for path, gate in _gates(recipe):
         for c in gate:

@@ -266,6 +266,29 @@ def test_windows_must_fit_the_context() -> None:
     assert message == ("recipe.yaml:3:3  data.calibration: length=512 exceeds the model's context of 256 tokens")
 
 
+T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 256, "num_layers": 2}
+T5 |= {"num_decoder_layers": 2, "d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "n_positions": 512}
+T5 |= {"relative_attention_num_buckets": 8, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("role", "place", "reading"),
+    [("calibration", "3:32", "quantize.gptq: {}"), ("selection", "4:30", "distill.logits: {tokens: 1024}")],
+)
+def test_a_budget_of_tokens_must_fill_a_window(role: str, place: str, reading: str) -> None:
+    source = f"{role}: {{source: pydoc"
+    head = HEAD.replace(", tokens: 4096", "").replace(source, f"{source}, tokens: 63")
+    short, read = head.replace("tokens: 63", "tokens: 63, length: 64"), f"  - {reading}\n"
+    message = refusal(recipe(f"  - quantize.kv_cache: {{}}\n    otherwise:\n    {read}", short))
+    expected = f"{place}  data.{role}: tokens=63 fill no window of length=64; raise tokens or lower length"
+    assert message == f"recipe.yaml:{expected}"
+    assert "tokens=63 fill no window of length=512" in refusal(recipe(read, head))
+    assert refusals.check(recipe(read, short.replace("63", "64")), SMOL) == []
+    assert refusals.check(recipe("  - quantize.rtn: {}\n", short), SMOL) == []  # reads neither
+    if role == "calibration":  # pairs are not cut into windows
+        assert refusals.check(recipe(read, short), Facts.from_config(T5)) == []
+
+
 # What deserves a warning
 
 
