@@ -75,6 +75,24 @@ def test_patterns_keep_exactly_n_of_every_m(name, pattern):
         assert torch.equal(weight != 0, model.masks[tensor])
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_groups_that_an_earlier_step_left_below_their_pattern_are_counted(name):
+    model, context = pruned("prune.magnitude", sparsity=0.4), Context(seed=0, calibration=windows(4))
+    step(name)(pattern="2:4", layers={"*.down_proj": "4:8", "*.q_proj": 0.5}).apply(model, context)
+    thin = groups = 0
+    for tensor, weight in linears(model).items():
+        if "q_proj" not in tensor:
+            n, m = (4, 8) if "down_proj" in tensor else (2, 4)
+            kept = (weight != 0).view(-1, m).sum(dim=1)
+            thin, groups = thin + int((kept < n).sum()), groups + len(kept)
+    assert 0 < thin < groups
+    told = f"{name}: {thin} of {groups} groups keep fewer weights than their pattern allows, as an earlier step had "
+    assert context.notes[1] == f"{told}pruned more of them"
+    alone = Context(seed=0, calibration=windows(4))
+    step(name)(pattern="2:4").apply(tiny_model(), alone)
+    assert len(alone.notes) == 1
+
+
 def test_a_pattern_must_divide_the_input_channels():
     facts = Facts.from_config(tiny_model().module.config.to_dict() | {"intermediate_size": 66})
     with pytest.raises(RecipeError, match="mlp.down_proj: 66 input channels are not a multiple of 4"):

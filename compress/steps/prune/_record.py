@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 from compress.errors import NumericalError, RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from compress.blocks import Block
     from compress.model import Model
+    from compress.numerics.masks import Target
 
 
 def refuse_encoded(model: Model, tensors: list[str], step: str) -> None:
@@ -40,11 +43,18 @@ def record_mask(model: Model, name: str, mask: Tensor) -> None:
     model.touch()
 
 
-def sparsity_note(model: Model, tensors: list[str], step: str) -> str:
-    """How many weights of the tensors the masks drop, for the report."""
-    total = sum(model.parameter(name).numel() for name in tensors)
-    zeros = sum(int((~model.masks[name]).sum()) for name in tensors if name in model.masks)
-    return f"{step}: {zeros} of {total} weights in {len(tensors)} matrices are pruned ({zeros / total:.2%})"
+def sparsity_notes(model: Model, targets: Mapping[str, Target], step: str) -> list[str]:
+    """How many weights the masks drop, and how many groups keep fewer than their pattern says, for the report."""
+    total = sum(model.parameter(name).numel() for name in targets)
+    zeros = sum(int((~model.masks[name]).sum()) for name in targets if name in model.masks)
+    found = [f"{step}: {zeros} of {total} weights in {len(targets)} matrices are pruned ({zeros / total:.2%})"]
+    patterns = {name: target for name, target in targets.items() if isinstance(target, tuple)}
+    thin = sum(int((model.masks[name].view(-1, m).sum(dim=1) < n).sum()) for name, (n, m) in patterns.items())
+    if thin:
+        groups = sum(model.parameter(name).numel() // m for name, (_, m) in patterns.items())
+        held = f"{thin} of {groups} groups keep fewer weights than their pattern allows"
+        found.append(f"{step}: {held}, as an earlier step had pruned more of them")
+    return found
 
 
 def channel_norms(block: Block) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class Magnitude(WeightPruning):
 
     def apply(self, model: Model, context: Context) -> None:
         """Prune in place; each mask lands in `model.masks`."""
-        from compress.steps.prune._record import record_mask, sparsity_note
+        from compress.steps.prune._record import record_mask, sparsity_notes
 
         targets = self.begin(model, context)
         groups = self._compared(model, targets)
@@ -47,7 +47,7 @@ class Magnitude(WeightPruning):
             for tensor, mask in zip(group, self._masks(model, group, targets[group[0]]), strict=True):
                 record_mask(model, tensor, mask)
             context.progress(group[-1], (i + 1) / len(groups))
-        context.notes.append(sparsity_note(model, list(targets), self.name))
+        context.notes.extend(sparsity_notes(model, targets, self.name))
 
     def _compared(self, model: Model, targets: dict[str, Target]) -> list[list[str]]:
         """Tensors in the groups within which weights compete."""

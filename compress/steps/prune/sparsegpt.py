@@ -36,13 +36,13 @@ class Sparsegpt(CalibratedPruning):
     def apply(self, model: Model, context: Context) -> None:
         """Prune and update in place; each mask lands in `model.masks`."""
         from compress.blocks import walk
-        from compress.steps.prune._record import sparsity_note
+        from compress.steps.prune._record import sparsity_notes
 
         targets = self.allocated(model, context)
         dead = sum(
             self._prune_block(model, block, targets) for block in walk(model, context.calibration, context.progress)
         )
-        context.notes.append(sparsity_note(model, list(targets), self.name))
+        context.notes.extend(sparsity_notes(model, targets, self.name))
         if dead:
             context.notes.append(f"{self.name}: {dead} input channels were zero on all calibration tokens")
 

@@ -27,7 +27,7 @@ class Wanda(CalibratedPruning):
         """Prune in place; each mask lands in `model.masks`."""
         from compress.blocks import walk
         from compress.numerics.masks import keep, wanda_scores
-        from compress.steps.prune._record import channel_norms, record_mask, require_finite, sparsity_note
+        from compress.steps.prune._record import channel_norms, record_mask, require_finite, sparsity_notes
 
         targets = self.allocated(model, context)
         dead = 0
@@ -38,6 +38,6 @@ class Wanda(CalibratedPruning):
                 dead += int((norms[module] == 0).sum())
                 scores = require_finite(wanda_scores(linear.weight.detach(), norms[module]), tensor, self.name)
                 record_mask(model, tensor, keep(scores, targets[tensor], model.masks.get(tensor)))
-        context.notes.append(sparsity_note(model, list(targets), self.name))
+        context.notes.extend(sparsity_notes(model, targets, self.name))
         if dead:
             context.notes.append(f"{self.name}: {dead} input channels were zero on all calibration tokens")
