@@ -82,6 +82,25 @@ def bare(tmp_path) -> Path:
             "r.yaml:5:5 steps[0] prune.heads: queries=4 leaves none of 4 query heads; use at most 2, or remove whole "
             "groups",
         ),
+        (
+            "  - prune.heads: {queries: 1}\n",
+            "r.yaml:5:5 steps[0] prune.heads: queries=1 of 4 query heads leaves 3, which 2 key/value heads cannot "
+            "share evenly; remove a multiple of 2",
+        ),
+        (
+            "  - quantize.rtn: {}\n    otherwise:\n      - prune.wanda: {sparsity: 1}\n",
+            "r.yaml:7:33 steps[0] otherwise[0] prune.wanda.sparsity: found 1, expected less than 1",
+        ),
+        (
+            '  - prune.magnitude: {pattern: "4:8"}\n',
+            "r.yaml:5:5 steps[0] prune.magnitude: model.layers.0.mlp.down_proj: 132 input channels are not a multiple "
+            "of 8, as pattern 4:8 needs; give it a sparsity under layers",
+        ),
+        (
+            '  - prune.neurons: {fraction: 0.5, round_to: 2}\n  - prune.sparsegpt: {pattern: "2:4"}\n',
+            "r.yaml:6:5 steps[1] prune.sparsegpt: model.layers.0.mlp.down_proj: 66 input channels are not a multiple "
+            "of 4, as pattern 2:4 needs; give it a sparsity under layers",
+        ),
     ],
 )
 def test_what_cannot_be_pruned_is_one_line_before_weights_load(tmp_path, bare, steps, line):
