@@ -14,11 +14,11 @@ CHANNELS_AT_ONCE = 192  # of a product that fills one triangle only, block by bl
 class Hessian:
     """H = Σ xxᵀ over calibration tokens, (m, m) float32 for m input channels.
 
-    Only the blocks on and above the diagonal are accumulated.
+    Only the blocks on and above the diagonal are accumulated. name: of what reads the inputs, for errors.
     """
 
-    def __init__(self, in_features: int):
-        self.tokens = 0
+    def __init__(self, in_features: int, name: str = "a linear"):
+        self.tokens, self._name = 0, name
         self._sums = torch.zeros(in_features, in_features)
 
     def add(self, X: Tensor) -> None:
@@ -31,11 +31,12 @@ class Hessian:
 
     @property
     def matrix(self) -> Tensor:
-        """H, symmetric (m, m) float32; raises NumericalError where it is not finite."""
+        """H, symmetric (m, m) float32; raises NumericalError naming the reader where it is not finite."""
         H = self._sums.triu()
         H += self._sums.triu(1).T
         if not bool(torch.isfinite(H.sum())):
-            raise NumericalError("non-finite Hessian")
+            problem = "its inputs on the calibration data are not finite, or too large for their squares to fit float32"
+            raise NumericalError(f"{self._name}: non-finite Hessian; {problem}")
         return H
 
 

@@ -47,6 +47,52 @@ def test_non_finite_states_are_refused_with_the_block(method):
         apply(method, model, context())
 
 
+KEPT = {"group_size": 16, "keep": {"*.up_proj": "fp32"}}  # no scale fits weights of 1e20
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("quantize.awq", {**KEPT, "alphas": 2}),
+        ("quantize.gptq", KEPT),
+        ("prune.sparsegpt", {"sparsity": 0.5}),
+        ("prune.neurons", {"fraction": 0.5, "round_to": 16}),
+        ("prune.layers", {"count": 1, "update": "stream"}),
+    ],
+)
+def test_a_non_finite_hessian_names_the_layer(name, fields):
+    model = tiny_model(num_hidden_layers=3)
+    with torch.no_grad():  # the states stay as they are
+        model.parameter("model.layers.1.mlp.up_proj.weight").mul_(1e20)
+        model.parameter("model.layers.1.mlp.down_proj.weight").mul_(1e-20)
+    with pytest.raises(NumericalError, match=r"^model\.layers\.1\.mlp\.down_proj: non-finite Hessian; its inputs"):
+        step(name)(**fields).apply(model, context())
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "norm", "readers", "told"),
+    [
+        ("quantize.gptq", {"group_size": 16, "embeddings": "int4"}, "model.norm", ["lm_head"], "lm_head.weight"),
+        ("prune.hidden", {"fraction": 0.5, "round_to": 16}, "model.norm", ["lm_head"], "model.norm"),
+        (
+            "prune.hidden",
+            {"fraction": 0.5, "round_to": 16},
+            "model.layers.1.post_attention_layernorm",
+            ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"],
+            "model.layers.1.post_attention_layernorm",
+        ),
+    ],
+)
+def test_a_non_finite_hessian_behind_a_norm_names_it_or_its_reader(name, fields, norm, readers, told):
+    model = tiny_model()
+    with torch.no_grad():
+        model.parameter(f"{norm}.weight").mul_(1e20)
+        for reader in readers:
+            model.parameter(f"{reader}.weight").mul_(1e-20)
+    with pytest.raises(NumericalError, match=rf"^{told}: non-finite Hessian"):
+        step(name)(**fields).apply(model, context())
+
+
 @pytest.mark.parametrize("method", CALIBRATED)
 def test_silent_channels_are_counted(method):
     model = tiny_model()

@@ -162,7 +162,7 @@ def moments(block: Block, reader: str, wanted: Iterable[Tensor] | None, counts: 
     from compress.numerics.hessian import Hessian
 
     linear = block.linears[reader]
-    hessian = Hessian(linear.in_features)
+    hessian = Hessian(linear.in_features, reader)
     missing = None if wanted is None else linear.weight.new_zeros(linear.weight.shape)
     targets = None if wanted is None else iter(wanted)
     read = 0

@@ -50,7 +50,7 @@ def readings(model: Model, windows: Sequence[Tensor], progress: Progress) -> lis
                 f"{arch.blocks}.{block.index}.{source}",
                 tuple(f"{arch.blocks}.{block.index}.{name}" for name in readers),
                 True,
-                Hessian(width),
+                Hessian(width, f"{arch.blocks}.{block.index}.{source}"),
                 torch.zeros(width),
             )
             for source, readers in arch.folds
@@ -58,7 +58,8 @@ def readings(model: Model, windows: Sequence[Tensor], progress: Progress) -> lis
         }
         left = _watch(block, here)
         found += here.values()
-    last = Reading(arch.final_norm, (arch.head,), not model.facts.tied, Hessian(width), torch.zeros(width))
+    hessian = Hessian(width, arch.final_norm)
+    last = Reading(arch.final_norm, (arch.head,), not model.facts.tied, hessian, torch.zeros(width))
     norm = model.module.get_submodule(arch.final_norm)
     for states in left:
         last.add(states.flatten(0, -2), norm(states).flatten(0, -2).float())

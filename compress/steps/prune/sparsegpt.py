@@ -51,7 +51,7 @@ class Sparsegpt(CalibratedPruning):
         from compress.numerics.hessian import Hessian
 
         dead = 0
-        hessians = {names: Hessian(block.linears[names[0]].in_features) for names in block.stages}
+        hessians = {names: Hessian(block.linears[names[0]].in_features, names[0]) for names in block.stages}
         block.observe(lambda names, X: hessians[names].add(X))
         for names, hessian in hessians.items():
             H = hessian.matrix

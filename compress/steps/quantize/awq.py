@@ -110,7 +110,7 @@ def _second_moments(block: Block, context: Context) -> dict[str, Tensor]:
     """Σ xxᵀ over the calibration tokens, (m, m), per linear; those of a stage share one."""
     from compress.numerics.hessian import Hessian
 
-    hessians = {names: Hessian(block.linears[names[0]].in_features) for names in block.stages}
+    hessians = {names: Hessian(block.linears[names[0]].in_features, names[0]) for names in block.stages}
     block.observe(lambda names, X: hessians[names].add(X))
     for names, hessian in hessians.items():
         note_silence(context, names[0], hessian.matrix.diagonal())

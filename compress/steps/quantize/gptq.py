@@ -97,7 +97,7 @@ class Gptq(WeightQuantization):
 
         norm, search = model.module.get_submodule(model.facts.architecture.final_norm), self.range == "mse"
         W = model.parameter(tensor).detach()
-        hessian = Hessian(W.shape[1])
+        hessian = Hessian(W.shape[1], tensor)
         with torch.inference_mode():
             for states in left:
                 hessian.add(norm(states).flatten(0, -2).to(working_type()))
@@ -117,7 +117,7 @@ class Gptq(WeightQuantization):
         from compress.numerics.hessian import Hessian
 
         for names, inputs in block.stages_in_turn(last=True):
-            hessian, before = Hessian(block.linears[names[0]].in_features), block.originals.pop(names[0], [])
+            hessian, before = Hessian(block.linears[names[0]].in_features, names[0]), block.originals.pop(names[0], [])
             for X in inputs[: len(before)]:
                 hessian.add(X)
             seen = hessian.matrix if 0 < len(before) < len(inputs) else None
