@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compress.errors import NumericalError
+from compress.numerics.affine import finite
+
 
 def squared_gradients(x: Tensor, gradient: Tensor) -> Tensor:
     """Σ_t (∂ℓ_t/∂W)² for y = x Wᵀ, tokens taken to be independent: (n, m) float32.
@@ -23,11 +26,13 @@ def backward_of_sampled_tokens(
     """Accumulate behind `hidden` (tokens, width) the gradient of −ln p of tokens drawn from the model itself.
 
     With such labels E[∇ℓ ∇ℓᵀ] is the Fisher information, which is the curvature of KL(p_W ‖ p_{W+E}) at E = 0.
-    At most `chunk` tokens' logits exist at any time.
+    At most `chunk` tokens' logits exist at any time. Raises NumericalError where one of them is not finite.
     """
     leaf = hidden.detach().requires_grad_()
     for start in range(0, len(leaf), chunk):
         logits = head(leaf[start : start + chunk])
+        if not finite(logits.detach()):
+            raise NumericalError("non-finite logits on the calibration data")
         with torch.no_grad():
             gradient = torch.softmax(logits.float(), dim=-1)
             drawn = torch.multinomial(gradient, 1, generator=generator)

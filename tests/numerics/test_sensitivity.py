@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
+from compress.errors import NumericalError
 from compress.numerics.sensitivity import backward_of_sampled_tokens, expected_divergence, squared_gradients
 
 
@@ -25,6 +26,13 @@ def test_labels_are_drawn_from_the_model_and_the_mean_gradient_vanishes():
     assert hidden.grad.mean(0).abs().max() < 0.01  # 4 standard errors of 40,000 draws
     expected = torch.diag(p) - torch.outer(p, p)
     assert (hidden.grad.T @ hidden.grad / len(hidden) - expected).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(value):
+    hidden = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with pytest.raises(NumericalError, match="non-finite logits on the calibration data"):
+        backward_of_sampled_tokens(hidden, lambda h: h * torch.tensor([1.0, 1.0, value, 1.0]), torch.Generator())
 
 
 def test_the_expectation_is_the_divergence_of_a_small_independent_change():

@@ -5,6 +5,7 @@ import torch
 
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
+from compress.model import Model
 from compress.plugin import step
 from tests.tiny import tiny_model
 
@@ -91,6 +92,39 @@ def test_a_non_finite_hessian_behind_a_norm_names_it_or_its_reader(name, fields,
             model.parameter(f"{reader}.weight").mul_(1e-20)
     with pytest.raises(NumericalError, match=rf"^{told}: non-finite Hessian"):
         step(name)(**fields).apply(model, context())
+
+
+@pytest.mark.parametrize("encoding", ["int4", "nf4"])
+def test_a_channel_that_is_all_but_silent_is_not_scaled_beyond_float16(encoding):
+    model = tiny_model()
+    with torch.no_grad():
+        model.parameter("model.layers.1.input_layernorm.weight")[3] = 1e-14
+    step("quantize.awq")(group_size=16, encoding=encoding).apply(model, context())
+    gains = model.parameter("model.layers.1.input_layernorm.weight")
+    assert gains.max() / gains.min() < 1e13  # which was 1e14: by another α than 0 nevertheless
+    assert "model.layers.1.self_attn.q_proj.weight" in model.encoded
+
+
+def loud() -> Model:
+    """A model whose function is as it was, and one of whose matrices no scale in float16 fits."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.parameter(f"{UP}.weight").mul_(1e10)
+        model.parameter("model.layers.1.mlp.down_proj.weight").mul_(1e-10)
+    return model
+
+
+def test_weights_that_no_scale_fits_are_named():
+    with pytest.raises(
+        NumericalError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: a scale of .* does not fit float16"
+    ):
+        step("quantize.awq")(alphas=3, group_size=16).apply(loud(), context())
+
+
+def test_smoothing_may_make_weights_fit():
+    model = loud()
+    step("quantize.smoothquant")(alpha="search").apply(model, context())
+    assert model.encoded[f"{UP}.weight"].decode().abs().max() < 127 * 65504
 
 
 @pytest.mark.parametrize("method", CALIBRATED)

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from compress.encodings import Encoding
-from compress.errors import RecipeError
+from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.plugin import step
 from compress.steps.distill._network import Network
@@ -46,6 +46,17 @@ def test_the_method_stores_what_the_table_says(method):
         alone, Context(seed=0, calibration=windows())
     )
     assert alone.digest == model.digest
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value"), [("model.layers.1.mlp.up_proj", float("nan")), ("model.norm", float("inf"))]
+)
+def test_non_finite_weights_are_named(tensor, value):
+    model = tiny_model()
+    with torch.no_grad():
+        model.parameter(f"{tensor}.weight").view(-1)[5] = value
+    with pytest.raises(NumericalError, match=f"^{tensor}.weight: non-finite logits on the calibration data"):
+        Mixed(**FAST).apply(model, Context(seed=0, calibration=windows()))
 
 
 def test_squares_are_those_of_plain_gradients_token_by_token():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from compress.encodings import Encoding
+from compress.errors import NumericalError
 from compress.interfaces import Context
 from compress.steps.quantize._fields import WeightQuantization, fit_grid, refuse_encoded, round_to_nearest
 from compress.steps.quantize._folding import fixed, fold, note_silence
@@ -66,7 +67,10 @@ class Awq(WeightQuantization):
             model.store(tensor, round_to_nearest(tensor, W, chosen[tensor], self.range == "mse", importance))
 
     def _best_scales(self, model: Model, readers: Sequence[str], H: Tensor, chosen: Mapping[str, Encoding]) -> Tensor:
-        """Of s = rms(x)^α for each α, the (m,) of least output error over the readers that are to hold codes."""
+        """Of s = rms(x)^α for each α, the (m,) of least output error over the readers that are to hold codes.
+
+        Ones where no α fits, or not all weights are finite: rounding then names the tensor.
+        """
         import torch
 
         coded = [(t, chosen[t]) for t in (f"{name}.weight" for name in readers) if t in chosen and chosen[t].is_coded]
@@ -98,10 +102,13 @@ def channel_scales(H: Tensor, alpha: float) -> Tensor:
 def output_error(W: Tensor, s: Tensor, H: Tensor, encoding: Encoding) -> float:
     """Σ ‖(Ŵ − W)x‖² over the tokens of H, (m, m) = Σ xxᵀ, where Ŵ = Q(W · s) / s; eq. 4 of the paper.
 
-    Q rounds W (n, m) to nearest, over the range of each group.
+    Q rounds W (n, m) to nearest, over the range of each group. Infinite where no grid fits W · s.
     """
     scaled = (W * s).view(len(W), encoding.groups(W.shape[1]), -1)
-    grid = fit_grid(scaled, encoding, None, search=False)
+    try:
+        grid = fit_grid(scaled, encoding, None, search=False)
+    except NumericalError:  # a channel that is all but silent, blown up beyond float16's scales
+        return float("inf")
     E = (grid.decode(grid.round(scaled)) - scaled).view(W.shape) / s
     return float((E @ H).mul_(E).sum())
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from compress.architectures import Facts
 from compress.encodings import Encoding
-from compress.errors import RecipeError
+from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context, Step
 from compress.plugin import step
 from compress.steps.quantize._fields import CodedName, EncodingName, refuse_encoded, round_to_nearest
@@ -136,6 +136,7 @@ class Mixed(Step):
         """Squared gradients summed over the tokens, (n, m) per linear, and the number of tokens."""
         import torch
 
+        from compress.numerics.affine import finite
         from compress.numerics.sensitivity import backward_of_sampled_tokens
         from compress.steps.distill._network import Network
         from compress.steps.distill._training import first
@@ -148,7 +149,11 @@ class Mixed(Step):
             network = Network(model.module, learns=False)
             for i, window in enumerate(windows):
                 context.progress(f"sensitivity, window {i + 1}/{len(windows)}", i / len(windows))
-                backward_of_sampled_tokens(network.hidden(window), network.head, generator)
+                try:
+                    backward_of_sampled_tokens(network.hidden(window), network.head, generator)
+                except NumericalError as error:
+                    odd = (name for name, weight in model.module.named_parameters() if not finite(weight.detach()))
+                    raise NumericalError(f"{next(odd, self.name)}: {error}") from None
         return fisher, sum(map(len, windows))
 
     def _quantization(self, table: Mapping[str, CodedName]) -> Step:

@@ -109,7 +109,7 @@ class SmoothQuant(WeightQuantization):
         return InputRounding("static", scale)
 
     def _factors(self, model: Model, readers: Sequence[str], seen: Seen, chosen: Mapping[str, Encoding]) -> Tensor:
-        """The (m,) by which inputs are divided and weights multiplied."""
+        """The (m,) by which inputs are divided and weights multiplied; ones where no α fits, which rounding tells."""
         import torch
 
         weights = [model.parameter(f"{name}.weight").detach() for name in readers]
@@ -119,8 +119,11 @@ class SmoothQuant(WeightQuantization):
         encodings = [chosen[f"{name}.weight"] for name in readers]
         best, least = torch.ones_like(heaviest), torch.inf
         for s in (best, *(smoothing(seen.largest, heaviest, i / GRID) for i in range(GRID + 1))):
-            rounding = self._rounding(readers[0], seen.divided(s))
-            error = sum(output_error(W, s, seen.sample, e, rounding) for W, e in zip(weights, encodings))
+            try:
+                rounding = self._rounding(readers[0], seen.divided(s))
+                error = sum(output_error(W, s, seen.sample, e, rounding) for W, e in zip(weights, encodings))
+            except NumericalError:  # a scale beyond float16, of weights or of inputs
+                continue
             if error < least:
                 best, least = s, error
         return best
