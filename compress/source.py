@@ -208,7 +208,8 @@ def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
     """Open a model in float32; a block-quantized GGUF is decoded and its channels permuted.
 
     streaming: leave the blocks on disk until they are needed, one at a time; matrices of 16-bit floats count as
-    stored in these. Raises RecipeError, NetworkError, UnsafeInput or Corrupt, each naming the file.
+    stored in these. Raises RecipeError, NetworkError, UnsafeInput or Corrupt, each naming the file, and NumericalError
+    naming the first tensor that is not finite (one of a streamed block once that is read).
     """
     return load_from(download(resolve(spec)), dtype, streaming)
 
@@ -220,12 +221,21 @@ def load_from(source: Source, dtype: str = "float32", streaming: bool = False) -
         raise RecipeError(f"model {spec}: streaming reads a folder of safetensors, and this is a GGUF file")
     known = facts(source)  # an unsupported architecture is refused before any weight is read
     if source.kind == "gguf":
-        return _load_gguf(source, dtype)
+        return _finite(source, _load_gguf(source, dtype))
     if streaming and (reason := known.refuses_streaming):
         raise RecipeError(f"model {spec}: streaming {reason}; set streaming: false")
     if streaming:
         return _stream_folder(source, dtype)
-    return _load_folder(source, dtype)
+    return _finite(source, _load_folder(source, dtype))
+
+
+def _finite(source: Source, model: Model) -> Model:
+    """The model itself, if no weight is NaN or infinite: what measures it later does not know which one is."""
+    from compress.storage import require_finite
+
+    for name, parameter in model.module.named_parameters():
+        require_finite(f"model {source.spec}", name, parameter.detach())
+    return model
 
 
 def _folder_files(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import Corrupt
 from compress.machine import return_freed_memory
-from compress.storage import flatten, unflatten
+from compress.storage import flatten, require_finite, unflatten
 
 _STORED = {"F16": "fp16", "BF16": "bf16"}  # safetensors' names of dtypes → ours
 Content = tuple[dict[str, Tensor], dict[str, EncodedTensor]]
@@ -267,7 +267,10 @@ class Weights:
         return found
 
     def read(self, names: Iterable[str]) -> Content:
-        """Tensors by name: matrices of 16-bit floats as they are stored, all others in float32."""
+        """Tensors by name: matrices of 16-bit floats as they are stored, all others in float32.
+
+        Raises Corrupt or NumericalError naming one that is not of floats, or not finite.
+        """
         names = list(names)
         kinds, floats = self.encodings(names), {}
         encoded: dict[str, EncodedTensor] = {}
@@ -276,6 +279,7 @@ class Weights:
                 tensor = opened.get_tensor(name)
             if not tensor.is_floating_point():
                 raise Corrupt(f"{self.files[name]}: {name} is {tensor.dtype}; expected floats")
+            require_finite(self.files[name], name, tensor)
             if name in kinds:
                 encoded[name] = EncodedTensor(kinds[name], tensor)
             else:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compress import artifact, lock, run, source
 from compress import recipe as recipes
-from compress.errors import Corrupt, Locked, RecipeError
+from compress.errors import Corrupt, Locked, NumericalError, RecipeError
 from compress.record import RunRecord
 from compress.report import summary_lines
 from compress.store import Store
@@ -85,6 +86,33 @@ def test_a_run_rejects_accepts_exports_and_is_re_used(place, store, tmp_path):
     elsewhere, _ = run.apply(recipe, tmp_path / "other", store)
     assert elsewhere.steps[0].cached and elsewhere.steps[0].digest == step.digest
     assert elsewhere.exports[0].files == export.files
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", float("nan")),
+        ("model.embed_tokens.weight", float("-inf")),
+        ("model.norm.weight", float("inf")),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_model_that_is_not_finite_is_refused_by_the_tensor_before_anything_is_measured(
+    tensor, value, streaming, place, store, tmp_path
+):
+    shutil.copytree(place / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights[tensor].view(-1)[[3, 7]] = value
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    said = []
+    overrides = (f"model={tmp_path / 'model'}", f"streaming={str(streaming).lower()}")
+    recipe = load(place, f"[{{{INT8}}}]", overrides=overrides)
+    with pytest.raises(
+        NumericalError, match=f": 2 of the [0-9]+ numbers of {tensor} are not finite; get the model anew"
+    ):
+        run.apply(recipe, tmp_path / "run", store, Reporter(say=said.append))
+    assert said == [f"opening {tmp_path / 'model'}"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["baseline"] is None
 
 
 def test_a_run_goes_on_after_steps_that_dismiss_the_baseline(place, store, tmp_path):
