@@ -12,7 +12,12 @@ from tests.tiny import tiny_model
 UP = "model.layers.1.mlp.up_proj"
 CALIBRATED = ["awq", "gptq", "smoothquant"]
 METHODS = [*CALIBRATED, "hqq", "rtn"]
-FIELDS = {"awq": {"group_size": 16, "alphas": 2}, "gptq": {"group_size": 16}, "hqq": {"group_size": 16}}
+FIELDS = {
+    "awq": {"group_size": 16, "alphas": 2},
+    "gptq": {"group_size": 16},
+    "hqq": {"group_size": 16},
+    "ggml": {"type": "q4_0"},
+}
 
 
 def context(windows: int = 8, length: int = 32) -> Context:
@@ -127,14 +132,22 @@ def test_smoothing_may_make_weights_fit():
     assert model.encoded[f"{UP}.weight"].decode().abs().max() < 127 * 65504
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", [*CALIBRATED, "ggml"])
 def test_silent_channels_are_counted(method):
     model = tiny_model()
     with torch.no_grad():
         model.parameter("model.layers.0.input_layernorm.weight")[[3, 8, 20]] = 0.0
     notes = [note for note in apply(method, model, context()).notes if "layers.0.self_attn.q_proj" in note]
-    assert len(notes) == 1 and " 3 " in notes[0] and "input channels are" in notes[0], notes
+    assert len(notes) == 1 and " 3 of 32 " in notes[0] and "input channels are" in notes[0], notes
     assert not [note for note in apply(method, tiny_model(), context()).notes if "channels are" in note]
+
+
+def test_silent_channels_of_the_head_are_counted():
+    model, given = tiny_model(), context()
+    with torch.no_grad():
+        model.parameter("model.norm.weight")[[3, 8, 20]] = 0.0
+    step("quantize.gptq")(group_size=16, embeddings="int4").apply(model, given)
+    assert given.notes == ["lm_head: 3 of 32 input channels are silent on the calibration data"]
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])

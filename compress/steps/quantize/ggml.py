@@ -15,6 +15,7 @@ from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context, Step
 from compress.steps.quantize._fields import check_fit, refuse_encoded
+from compress.steps.quantize._folding import note_silence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +96,10 @@ class Ggml(Step):
             )
         rounded = 0
         for block in walk(model, context.calibration, context.progress):
-            for name, importance in _importances(block).items():
+            importances = _importances(block)
+            for names in block.stages:
+                note_silence(context, names[0], importances[names[0]])
+            for name, importance in importances.items():
                 if kind := types.pop(f"{name}.weight", None):
                     _store(model, f"{name}.weight", kind, importance)
                     rounded += _encoding(kind).is_coded

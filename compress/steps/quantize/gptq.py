@@ -16,6 +16,7 @@ from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError
 from compress.interfaces import Context
 from compress.steps.quantize._fields import WeightQuantization, fit_grid, join_rows, refuse_encoded, round_to_nearest
+from compress.steps.quantize._folding import note_silence
 from compress.steps.quantize._refinement import refine
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Gptq(WeightQuantization):
         for name in sorted(chosen.keys() - {f"{linear}.weight" for linear in model.facts.linears}):
             context.progress(f"rounding {name}", 1.0)
             if solved and name == head:
-                self._quantize_head(model, name, chosen[name], left)
+                self._quantize_head(model, name, chosen[name], left, context)
             else:
                 model.store(name, round_to_nearest(name, model.parameter(name).detach(), chosen[name], search))
 
@@ -88,7 +89,9 @@ class Gptq(WeightQuantization):
             left = block.advance()
         return left
 
-    def _quantize_head(self, model: Model, tensor: str, encoding: Encoding, left: Sequence[Tensor]) -> None:
+    def _quantize_head(
+        self, model: Model, tensor: str, encoding: Encoding, left: Sequence[Tensor], context: Context
+    ) -> None:
         """Solve the output head, some rows at a time. left: what leaves the last block, per batch."""
         import torch
 
@@ -102,6 +105,7 @@ class Gptq(WeightQuantization):
             for states in left:
                 hessian.add(norm(states).flatten(0, -2).to(working_type()))
         H = hessian.matrix
+        note_silence(context, tensor.removesuffix(".weight"), H.diagonal())
         if model.facts.tied:
             H.diagonal().add_(READ_AS_IT_IS * float(H.diagonal().mean()))
         try:
@@ -124,19 +128,15 @@ class Gptq(WeightQuantization):
             for X in inputs[len(before) :]:
                 hessian.add(X)
             H, tokens = hessian.matrix, hessian.tokens
+            note_silence(context, names[0], H.diagonal())
             if tokens < len(H) and block.index == 0:
                 context.notes.append(f"{names[0]}: {tokens} calibration tokens for {len(H)} input channels")
             drift = _drift(before, inputs[: len(before)]).mul_(self.error_propagation) if before else None
             del before, hessian
-            self._quantize_stage(model, names, chosen, Moments(H, drift, seen), context)
+            self._quantize_stage(model, names, chosen, Moments(H, drift, seen))
 
     def _quantize_stage(
-        self,
-        model: Model,
-        names: tuple[str, ...],
-        chosen: Mapping[str, Encoding],
-        moments: Moments,
-        context: Context,
+        self, model: Model, names: tuple[str, ...], chosen: Mapping[str, Encoding], moments: Moments
     ) -> None:
         """Solve linears that share an input and an encoding as one stacked matrix."""
         import torch
@@ -162,8 +162,6 @@ class Gptq(WeightQuantization):
                 )
             except NumericalError as error:
                 raise NumericalError(f"{tensors[0]}: {error}") from None
-            if dead := int((moments.H.diagonal() == 0).sum()):
-                context.notes.append(f"{tensors[0]}: {dead} input channels are dead on the calibration data")
             for t, part in zip(tensors, _split_rows(solved, [len(W) for W in weights])):
                 model.store(t, part)
 
