@@ -124,6 +124,16 @@ class Facts:
             for name, (out, inn) in stack.linears.items()
         }
 
+    def inputs(self, *axes: str) -> dict[str, int]:
+        """First linear of each stage of a block, as the first block calls it → its input channels. axes: only these."""
+        stack = self.stacks[-1]
+        firsts = {stage[0]: stack.linears[stage[0]][1] for stage in stack.stages}
+        return {
+            f"{stack.blocks}.0.{name}": self.size(axis)
+            for name, axis in firsts.items()
+            if axis in (axes or firsts.values())
+        }
+
     @property
     def paired(self) -> bool:
         """Whether the model reads one text and writes another: see `compress.pairs`."""

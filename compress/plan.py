@@ -61,10 +61,13 @@ TIME_BASIS = (
 )
 MEMORY_BASIS = (
     f"an upper estimate: libraries ({LIBRARY_BYTES / 1e6:.0f} MB), float32 weights of the model and of its "
-    "reference, logits of one window of both (of one, where it is long), two Hessians of the widest input where "
-    "calibration is used, gradients and two moments of every weight where a step trains, another copy of the weights "
-    "where one fits them to the residual stream, and where gradients choose, what one window leaves behind for them in "
-    "every block, its logits thrice, half of the weights, and what the step keeps of them"
+    "reference, the larger of a gate's logits of one window of both (of one, where it is long) and of what calibration "
+    "takes: two Hessians of the widest input, or those that a step solves with at once and the largest four times "
+    "more, and float32 states of all tokens before and after a block, with what lies free between them (twice where a "
+    "copy of the model is fitted to; for quantize.gptq the inputs of its linears, too); gradients and two moments of "
+    "every weight where a step trains, another copy of the weights where one fits them to the residual stream, and "
+    "where gradients choose, what one window leaves behind for them in every block, its logits thrice, half of the "
+    "weights, and what the step keeps of them"
 )
 
 
@@ -90,15 +93,17 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     stored = {name: Encoding("fp32") for name in facts.matrices}
     masked: set[str] = set()
     baseline, steps = _size(facts, stored), []
-    now = facts
+    now, tokens = facts, _calibration_tokens(texts)
     for i, entry in enumerate(recipe.steps):
         steps.append(_describe_step(recipe, now, entry, stored, masked, texts, datasets))
+        scarce = {step.name: said for step in entry.attempts if (said := step.scarcity(now, tokens))}
+        warnings += [f"steps[{i}] {name}: about {said}" for name, said in scarce.items()]
         warnings += _power_warnings(f"steps[{i}] {entry.step.name}", steps[-1]["checks"])
         stored |= entry.step.encodings(now)
         masked |= entry.step.masked(now)
         now = entry.step.facts_after(now)
     release = _powers(recipe.release, 1, datasets)
-    warnings += [*_memory_warning(recipe, facts), *_dtype_warning(recipe)]
+    warnings += [*_memory_warning(recipe, facts, tokens), *_dtype_warning(recipe)]
     held: list[dict[str, Any]] = []
     if recipe.data.holdout is not None:  # its first use; each further one proves less
         held = _powers(holdout.checks(recipe)[0], holdout.attempts(1), evaluation(parts, "holdout"))
@@ -125,6 +130,7 @@ def _describe_step(
     texts: Sequence[Text],
     datasets: Sequence[Documents],
 ) -> dict[str, Any]:
+    tokens = _calibration_tokens(texts)
     sizes = [
         _size(step.facts_after(facts), {**stored, **step.encodings(facts)}, masked | step.masked(facts))
         for step in entry.attempts
@@ -135,7 +141,7 @@ def _describe_step(
         **sizes[0],
         "seconds_estimate": _step_seconds(entry.step, facts, texts),
         "gate_seconds_estimate": _gate_seconds(entry, facts, datasets),
-        "memory_bytes_estimate": _memory_bytes(recipe, facts, entry),
+        "memory_bytes_estimate": _memory_bytes(recipe, facts, entry, tokens),
         "checks": _powers(entry.gate, len(entry.attempts), datasets),
         "gate_off": list(entry.gate_off),
         "otherwise": [{"name": step.name, **size} for step, size in zip(entry.otherwise, sizes[1:])],
@@ -151,6 +157,10 @@ def _texts(parts: Sequence[Split]) -> list[Text]:
         share = 1.0 if request.tokens is None else min(1.0, request.tokens / tokens)
         found.append(Text(request.role, request.source, max(1, int(documents * share)), tokens * share))
     return found
+
+
+def _calibration_tokens(texts: Sequence[Text]) -> float:
+    return sum(t.tokens for t in texts if t.role == "calibration")
 
 
 def _size(facts: Facts, stored: Mapping[str, Encoding], masked: Collection[str] = ()) -> dict[str, Any]:
@@ -172,7 +182,7 @@ def _step_seconds(step: Step, facts: Facts, texts: Sequence[Text]) -> float | No
     if step.recovers:
         budget = getattr(step, "tokens", None)
         return _forward_seconds(facts, 4 * budget) if isinstance(budget, int) else None
-    calibration = sum(t.tokens for t in texts if t.role == "calibration")
+    calibration = _calibration_tokens(texts)
     passes = 6 if step.gradient_bytes(facts) else 3
     return _forward_seconds(facts, passes * calibration if step.uses_calibration else 0)
 
@@ -191,7 +201,8 @@ def _gate_seconds(entry: StepEntry, facts: Facts, datasets: Sequence[Documents])
     return reading + 2 * written * 4 * facts.parameters / BANDWIDTH
 
 
-def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
+def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry, tokens: float = 0) -> int:
+    """Of one step and its gate; tokens: of the calibration data."""
     weights = 4 * facts.parameters
     if recipe.streaming:  # one matrix outside the blocks, a block, and as much again while it is read or rounded
         blocks = sum(n * m for n, m in facts.linears.values())
@@ -199,9 +210,8 @@ def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
         weights = 4 * (max(math.prod(facts.matrices[name]) for name in outside) + 2 * blocks // facts.layers)
     longest = max(request.length for request in requests(recipe))
     rows = max(2 * longest, *(c.window for c in (*entry.gate, *recipe.release)))  # a fixed set is read by one at a time
-    total = LIBRARY_BYTES + 2 * weights + 4 * rows * facts.vocabulary
-    if any(step.uses_calibration for step in entry.attempts):
-        total += 2 * 4 * max(m for _, m in facts.linears.values()) ** 2
+    total = LIBRARY_BYTES + 2 * weights
+    total += max(4 * rows * facts.vocabulary, *(_calibration_bytes(step, facts, tokens) for step in entry.attempts))
     if any(step.recovers for step in entry.attempts):
         total += 3 * weights
     if any(getattr(step, "update", None) == "stream" for step in entry.attempts):
@@ -213,10 +223,20 @@ def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry) -> int:
     return total
 
 
-def _memory_warning(recipe: Recipe, facts: Facts) -> Iterator[str]:
+def _calibration_bytes(step: Step, facts: Facts, tokens: float) -> int:
+    """Second moments and states of calibration tokens; gone before a gate computes logits."""
+    if not step.uses_calibration:
+        return 0
+    squares = [m**2 for m in step.hessians(facts).values()] or [0]
+    moments = max(sum(squares) + 4 * max(squares), 2 * max(m for _, m in facts.linears.values()) ** 2)
+    models = 2 if getattr(step, "update", None) == "stream" else 1
+    return round(4 * moments + models * step.state_bytes(facts, tokens * (1 + getattr(step, "random_tokens", 0))))
+
+
+def _memory_warning(recipe: Recipe, facts: Facts, tokens: float = 0) -> Iterator[str]:
     """Where this machine has less memory available than the recipe may take."""
     _, available = machine.memory()
-    needed = max(_memory_bytes(recipe, facts, entry) for entry in recipe.steps)
+    needed = max(_memory_bytes(recipe, facts, entry, tokens) for entry in recipe.steps)
     if needed > available:
         less = "" if recipe.streaming else "; `streaming: true` keeps one block of the model in memory"
         yield f"up to {needed / 1e9:.1f} GB of memory are needed, and {available / 1e9:.1f} GB are available{less}"

@@ -192,6 +192,7 @@ class _Work:
             }
         )
         if (known := bench.store.made(key)) is not None:
+            self._warn(step, known[1].get("warnings", ()))
             return known[0], {**known[1], "cached": True}
         bench.reporter.say(f"{step.name} {_brief(step)}")
         started = time.monotonic()
@@ -207,6 +208,9 @@ class _Work:
                 progress=bench.progress(step.name),
                 work=work,
             )
+            scarcity = step.scarcity(model.facts, sum(map(len, context.calibration)))
+            warnings = [scarcity] if scarcity else []
+            self._warn(step, warnings)
             step.apply(model, context)
             model.touch()
             folder = bench.store.save(model, key)
@@ -214,10 +218,15 @@ class _Work:
         made = {
             "seconds": round(time.monotonic() - started, 1),
             "peak_rss_bytes": peak_memory(),
-            "notes": context.notes,
+            "notes": [*warnings, *context.notes],
+            "warnings": warnings,
         }
         bench.store.remember(key, made)
         return folder, {**made, "cached": False}
+
+    def _warn(self, step: Step, warnings: Sequence[str]) -> None:
+        for warning in warnings:
+            self.bench.reporter.say(f"warning: {step.name}: {warning}")
 
     def _say_gate(self, label: str, gate: GateResult | None) -> None:
         if gate is None:

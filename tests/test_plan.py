@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,61 @@ def test_a_type_that_the_processor_has_not_is_warned_of(dtype, working):
     warned = (dtype, str(working)) == ("bfloat16", "torch.float32")
     found = described("  - quantize.rtn: {}\n", head=HEAD + f"dtype: {dtype}\n")["warnings"]
     assert ["dtype: this processor multiplies no bfloat16" in w for w in found].count(True) == warned
+
+
+def test_fewer_calibration_tokens_than_channels_are_warned_of_with_both_numbers() -> None:
+    def scarce(steps: str, tokens: int) -> list[str]:
+        head = HEAD.replace("tokens: 4096", f"tokens: {tokens}")
+        return [w for w in described(steps, head=head)["warnings"] if "calibration tokens" in w]
+
+    (warning,) = scarce("  - quantize.gptq: {}\n    otherwise:\n      - quantize.rtn: {}\n", 1024)
+    assert warning == (
+        "steps[0] quantize.gptq: about 1,024 calibration tokens for 1,536 input channels of "
+        "model.layers.0.mlp.down_proj: its Hessian is singular, and weights are fitted to these few texts, which may "
+        "serve no other; give "
+        "data.calibration at least 1,536 tokens, better ten times as many"
+    )
+    assert not scarce("  - quantize.gptq: {}\n", 1536)
+    solving = (
+        "quantize.awq: {}",
+        "quantize.mixed: {}",
+        "prune.sparsegpt: {sparsity: 0.1}",
+        "prune.neurons: {fraction: 0.2}",
+    )
+    assert [len(scarce(f"  - {step}\n", 1024)) for step in solving] == [1] * 4
+    others = ("quantize.smoothquant: {}", "quantize.mixed: {method: rtn}", "prune.wanda: {sparsity: 0.1}")
+    narrow = ("prune.heads: {groups: 1}", "prune.hidden: {fraction: 0.1}")  # 576 input channels
+    assert [len(scarce(f"  - {step}\n", 1024)) for step in (*others, *narrow)] == [0] * 5
+    assert [len(scarce(f"  - {step}\n", 512)) for step in narrow] == [1] * 2
+
+
+def test_the_plan_counts_the_states_of_the_calibration_and_the_hessians_held_at_once() -> None:
+    def memory(step: str, tokens: float) -> int:
+        r = recipe(f"  - {step}\n")
+        return plan._memory_bytes(r, SMOL, r.steps[0], tokens)
+
+    many, stream = 2**25, "prune.neurons: {fraction: 0.25, random_tokens: 0, update: stream}"
+    copies = {
+        step: (memory(step, 2 * many) - memory(step, many)) / (4 * 576 * many)
+        for step in (
+            "quantize.rtn: {}",
+            "quantize.awq: {}",
+            stream,
+            "quantize.gptq: {}",
+            "distill.logits: {tokens: 64}",
+        )
+    }
+    # gptq: states twice, inputs of the output projection, and of the MLP's last linear, which are 8/3 as wide
+    assert list(copies.values()) == pytest.approx([0, 3.3, 6.6, 1.1 * (3 + 8 / 3), 0])
+    assert memory("quantize.gptq: {}", many) > memory("quantize.gptq: {error_propagation: 0}", many) > 77e9
+    logits = 4 * 1024 * SMOL.vocabulary
+    wide = replace(SMOL, sizes={**SMOL.sizes, "mlp": 15360})
+    held = {
+        step: plan._memory_bytes(r, wide, r.steps[0]) - (600_000_000 + 8 * wide.parameters)
+        for step in ("quantize.gptq", "quantize.awq", "quantize.smoothquant", "quantize.rtn")
+        for r in [recipe(f"  - {step}: {{}}\n")]
+    }
+    assert list(held.values()) == [4 * 5 * 15360**2, 4 * (5 * 15360**2 + 3 * 576**2), 4 * 2 * 15360**2, logits]
 
 
 def test_the_plan_counts_what_gradients_take() -> None:

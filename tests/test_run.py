@@ -115,6 +115,25 @@ def test_a_model_that_is_not_finite_is_refused_by_the_tensor_before_anything_is_
     assert json.loads((tmp_path / "run" / "run.json").read_text())["baseline"] is None
 
 
+def test_a_calibration_smaller_than_the_channels_is_told_in_the_terminal_and_the_report(place, store, tmp_path):
+    recipe = load(place, "[{quantize.gptq: {encoding: int8}, gate: off}]", overrides=("data.calibration.tokens=32",))
+    for folder in ("run", "again"):  # the second time from the store
+        said = []
+        record, _ = run.apply(recipe, tmp_path / folder, store, Reporter(say=said.append))
+        (warning,) = [line for line in said if "calibration tokens" in line]
+        wide = max(m for _, m in source.facts(source.resolve(recipe.model)).linears.values())
+        told = (
+            f"32 calibration tokens for {wide} input channels of model.layers.0.mlp.down_proj: its Hessian is singular"
+        )
+        assert warning.startswith(f"warning: quantize.gptq: {told}")
+        assert record.steps[0].notes[0] == warning.removeprefix("warning: quantize.gptq: ")
+        assert told.partition(" of ")[0] in (tmp_path / folder / "report.md").read_text()
+    assert record.steps[0].cached
+    plenty = load(place, "[{quantize.gptq: {encoding: int8}, gate: off}]")
+    run.apply(plenty, tmp_path / "plenty", store, Reporter(say=said.append))
+    assert len([line for line in said if "calibration tokens" in line]) == 1
+
+
 def test_a_run_goes_on_after_steps_that_dismiss_the_baseline(place, store, tmp_path):
     budget = "tokens: 256, selection_tokens: 64, checks: 1"
     steps = [

@@ -13,6 +13,8 @@ from compress.interfaces import Context
 from compress.steps.prune._removal import Removal, Sums
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from compress.architectures import Facts
@@ -58,6 +60,10 @@ class Heads(Removal):
                 f"queries={self.queries} of {heads} query heads leaves {heads - self.queries}, which {groups} "
                 f"key/value heads cannot share evenly; {remedy}"
             )
+
+    def hessians(self, facts: Facts) -> Mapping[str, int]:
+        """That of the linear that is set anew."""
+        return {} if self.update == "none" else facts.inputs("q")
 
     def facts_after(self, facts: Facts) -> Facts:
         """The same model with fewer heads."""

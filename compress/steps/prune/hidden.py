@@ -11,6 +11,8 @@ from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context, Step
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from compress.architectures import Facts
@@ -56,6 +58,12 @@ class Hidden(Step):
                 f"fraction={self.fraction} of {width} channels removes none, as those that stay are rounded up to a "
                 f"multiple of round_to={self.round_to}; raise fraction or lower round_to"
             )
+
+    def hessians(self, facts: Facts) -> Mapping[str, int]:
+        """Of every norm of the residual stream, at once."""
+        arch, width = facts.architecture, facts.sizes["residual"]
+        blocks = {f"{arch.blocks}.{i}.{norm}": width for i in range(facts.layers) for norm in arch.block_norms}
+        return {**blocks, arch.final_norm: width}
 
     def facts_after(self, facts: Facts) -> Facts:
         """The same model with a narrower residual stream."""

@@ -11,7 +11,7 @@ from compress.errors import RecipeError
 from compress.interfaces import Context, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from compress.architectures import Facts
     from compress.model import Model
@@ -48,6 +48,10 @@ class Layers(Step):
         if self.count >= facts.layers:
             remedy = f"use at most {facts.layers - 1}" if facts.layers > 1 else "leave the step out"
             raise RecipeError(f"count={self.count} leaves none of {facts.layers} blocks; {remedy}")
+
+    def hessians(self, facts: Facts) -> Mapping[str, int]:
+        """That of the linear that is set anew."""
+        return {} if self.update == "none" else facts.inputs("mlp")
 
     def facts_after(self, facts: Facts) -> Facts:
         """The same model with fewer blocks."""

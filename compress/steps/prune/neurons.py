@@ -12,6 +12,8 @@ from compress.interfaces import Context
 from compress.steps.prune._removal import Criterion, Removal, Sums
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from compress.architectures import Facts
@@ -47,6 +49,10 @@ class Neurons(Removal):
                 f"fraction={self.fraction} of {width} channels removes none, as those that stay are rounded up to a "
                 f"multiple of round_to={self.round_to}; raise fraction or lower round_to"
             )
+
+    def hessians(self, facts: Facts) -> Mapping[str, int]:
+        """That of the linear that is set anew."""
+        return {} if self.update == "none" else facts.inputs("mlp")
 
     def facts_after(self, facts: Facts) -> Facts:
         """The same model with narrower MLPs."""

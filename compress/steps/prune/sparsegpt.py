@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from compress.steps.prune._fields import CalibratedPruning
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.architectures import Facts
     from compress.blocks import Block
     from compress.model import Model
     from compress.numerics.masks import Target
@@ -32,6 +34,10 @@ class Sparsegpt(CalibratedPruning):
     classifiers: ClassVar[bool] = True
 
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
+
+    def hessians(self, facts: Facts) -> Mapping[str, int]:
+        """Of every input of a block at once."""
+        return facts.inputs()
 
     def apply(self, model: Model, context: Context) -> None:
         """Prune and update in place; each mask lands in `model.masks`."""

@@ -22,6 +22,7 @@ from compress.steps.quantize._folding import fixed, fold, note_silence
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.architectures import Facts
     from compress.blocks import Block
     from compress.model import Model
 
@@ -39,6 +40,10 @@ class Awq(WeightQuantization):
 
     alphas: int = Field(20, ge=1)
     range: Literal["minmax", "mse"] = "mse"
+
+    def hessians(self, facts: Facts) -> Mapping[str, int]:
+        """Of every input of a block at once."""
+        return facts.inputs()
 
     def apply(self, model: Model, context: Context) -> None:
         """Scale and round every block in turn, each fed by the rounded ones before it, then the embeddings."""

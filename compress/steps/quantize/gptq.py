@@ -22,6 +22,7 @@ from compress.steps.quantize._refinement import refine
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.architectures import Facts
     from compress.blocks import Block
     from compress.model import Model
     from compress.numerics.affine import Grid
@@ -60,6 +61,18 @@ class Gptq(WeightQuantization):
     error_propagation: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
     refinement: int = Field(0, ge=0)
 
+    def hessians(self, facts: Facts) -> Mapping[str, int]:
+        """That of the widest input: the stages of a block take turns."""
+        found = facts.inputs()
+        widest = max(found, key=found.__getitem__)
+        return {widest: found[widest]}
+
+    def state_bytes(self, facts: Facts, tokens: float) -> float:
+        """A block's states and the inputs of its stages, and for the tokens carried the same of the model as it was."""
+        residual, q, mlp = (facts.sizes[axis] for axis in ("residual", "q", "mlp"))
+        # And a tenth, measured, lies free between them.
+        return 1.1 * 4 * ((2 * residual + q + mlp) * tokens + (3 * residual + q) * min(tokens, self._carried(facts)))
+
     def apply(self, model: Model, context: Context) -> None:
         """Quantize every selected linear of each block, then the embeddings."""
         chosen = self.encodings(model.facts)
@@ -82,12 +95,15 @@ class Gptq(WeightQuantization):
         from compress.blocks import walk
 
         left: list[Tensor] = []
-        widest = max(model.facts.sizes["residual"], model.facts.sizes["q"])  # of the inputs that are made up for
-        carried = CARRIED * widest if self.error_propagation > 0 else 0
-        for block in walk(model, context.calibration, context.progress, originals=carried):
+        for block in walk(model, context.calibration, context.progress, originals=self._carried(model.facts)):
             self._quantize_block(model, block, chosen, context)
             left = block.advance()
         return left
+
+    def _carried(self, facts: Facts) -> int:
+        """Tokens that the model as it was reads, too."""
+        widest = max(facts.sizes["residual"], facts.sizes["q"])  # of the inputs that are made up for
+        return CARRIED * widest if self.error_propagation > 0 else 0
 
     def _quantize_head(
         self, model: Model, tensor: str, encoding: Encoding, left: Sequence[Tensor], context: Context

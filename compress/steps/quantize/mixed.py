@@ -87,6 +87,14 @@ class Mixed(Step):
         """Squares of every linear's."""
         return 4 * sum(n * m for n, m in facts.linears.values())
 
+    def hessians(self, facts: Facts) -> Mapping[str, int]:
+        """The method's."""
+        return self._quantization({}).hessians(facts)
+
+    def state_bytes(self, facts: Facts, tokens: float) -> float:
+        """The method's: sensitivities are taken window by window."""
+        return self._quantization({}).state_bytes(facts, tokens)
+
     def apply(self, model: Model, context: Context) -> None:
         """Score, solve, and let the method quantize as the table says."""
         self.check(model.facts)
