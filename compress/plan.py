@@ -16,6 +16,7 @@ from compress.interfaces import Documents, Evaluator, Step
 from compress.recipe import Recipe, StepEntry
 from compress.recipe_data import evaluation, requests
 from compress.refusals import check, check_documents
+from compress.scarcity import scarcity
 
 CHARACTERS_PER_TOKEN = 4.5  # of English text under vocabularies of 30,000 to 150,000 tokens
 
@@ -96,7 +97,7 @@ def describe(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     now, tokens = facts, _calibration_tokens(texts)
     for i, entry in enumerate(recipe.steps):
         steps.append(_describe_step(recipe, now, entry, stored, masked, texts, datasets))
-        scarce = {step.name: said for step in entry.attempts if (said := step.scarcity(now, tokens))}
+        scarce = {step.name: said for step in entry.attempts if (said := scarcity(step, now, tokens))}
         warnings += [f"steps[{i}] {name}: about {said}" for name, said in scarce.items()]
         warnings += _power_warnings(f"steps[{i}] {entry.step.name}", steps[-1]["checks"])
         stored |= entry.step.encodings(now)

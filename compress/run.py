@@ -19,6 +19,7 @@ from compress.interfaces import Context, Step
 from compress.machine import peak_memory
 from compress.recipe import Recipe, StepEntry
 from compress.record import Attempt, RunRecord, StepRecord
+from compress.scarcity import scarcity
 from compress.store import Store, key_of, write_atomic
 from compress.workbench import Reporter, Workbench
 
@@ -208,8 +209,8 @@ class _Work:
                 progress=bench.progress(step.name),
                 work=work,
             )
-            scarcity = step.scarcity(model.facts, sum(map(len, context.calibration)))
-            warnings = [scarcity] if scarcity else []
+            said = scarcity(step, model.facts, sum(map(len, context.calibration)))
+            warnings = [said] if said else []
             self._warn(step, warnings)
             step.apply(model, context)
             model.touch()

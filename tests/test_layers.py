@@ -18,7 +18,7 @@ LAYERS = [
      "compress.ggml_mixes", "compress.gguf_header"),
     ("compress.data", "compress.artifact", "compress.blocks", "compress.lineage"),
     ("compress.interfaces",),
-    ("compress.plugin", "compress.timing"),
+    ("compress.plugin", "compress.timing", "compress.scarcity"),
     ("compress.zeros",),
     ("compress.steps", "evaluators", "export"),
     ("compress.decisions", "compress.scoring"),
