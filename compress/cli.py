@@ -183,9 +183,9 @@ def ls(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List recipes, steps, evaluators, exporters and encodings."""
+    """List recipes, steps, evaluators, exporters, encodings, and which step stores which."""
     with errors(debug):
-        from compress import encodings, plugin
+        from compress import encodings, methods, plugin
         from compress import recipe as recipes
         from evaluators import _perturb, accuracy
 
@@ -194,7 +194,9 @@ def ls(
             found[f"{kind}s"] = {name: plugin.summary(kind, name) for name in plugin.names(kind)}
         found["tasks of accuracy"] = accuracy.summaries()
         found["perturbations of robustness"] = _perturb.summaries()
-        found["encodings"] = {name: encodings.describe(name) for name in encodings.NAMES}
+        names = (*encodings.NAMES, *encodings.GGML_NAMES)
+        found["encodings"] = {name: encodings.describe(name) for name in names}
+        found["encodings of steps"] = methods.summaries()
     if as_json:
         print_json(found)
         return

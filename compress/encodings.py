@@ -28,6 +28,7 @@ GGML_BLOCKS = {  # weights and bytes of a block whose inner layout is llama.cpp'
     "q6_k": (256, 210),
     "iq4_xs": (256, 136),
 }
+GGML_NAMES = {"q4_0": "int4", "q5_0": "int5", "q8_0": "int8"}  # llama.cpp's types that are ours in groups of 32
 FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 NAMES = (*AFFINE_BITS, *CODEBOOK_BITS, *GGML_BLOCKS, *FLOAT_DTYPES)
@@ -212,7 +213,9 @@ def describe(name: str) -> str:
         }[name]
     if name in GGML_BLOCKS:
         size, count = GGML_BLOCKS[name]
-        return f"llama.cpp's blocks of {size} weights in {count} bytes ({8 * count / size:.4g} bits), by quantize.ggml"
+        return f"llama.cpp's blocks of {size} weights in {count} bytes ({8 * count / size:.4g} bits)"
+    if name in GGML_NAMES:
+        return f"llama.cpp's name for {GGML_NAMES[name]} in groups of 32"
     low, high = Encoding(name, 32).code_range
     return (
         f"integer codes {low}…{high}, a float16 scale per group "

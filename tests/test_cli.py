@@ -39,6 +39,7 @@ def test_ls_lists_every_plug_in():
     assert "quickstart" in found["recipes"] and "quantize.gptq" in found["steps"]
     assert {"perplexity", "divergence", "footprint"} <= found["evaluators"].keys()
     assert found["exporters"].keys() == {"checkpoint", "gguf", "onnx"} and "int4" in found["encodings"]
+    assert found["encodings of steps"]["quantize.hqq"].startswith("int8, int5, int4, int3, int2, q4_1, q5_1;")
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,7 @@ def test_ls_lists_every_plug_in():
     [
         ("  - quantize.gtpq: {}\n", 2, r"r.yaml:5:5"),
         ("  - quantize.rtn: {encoding: int9}\n", 2, "int9"),
+        ("  - quantize.rtn: {encoding: q4_0}\n", 2, "q4_0 is int4 in groups of 32"),
         ("  - quantize.rtn: {group_sise: 32}\n", 2, "group_size"),
         ("  - quantize.rtn: {group_size: 7}\n", 2, "group_size=7"),
         ("  - quantize.rtn: {}\n    quantize.rtn: {}\n", 2, "r.yaml:6:5"),

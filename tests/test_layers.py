@@ -12,6 +12,7 @@ LAYERS = [
     ("compress.lock", "compress.environment", "compress.reuse"),
     ("compress.numerics",),
     ("compress.encodings", "compress.families", "compress.architectures", "compress.rounding"),
+    ("compress.methods",),
     ("compress.attention", "compress.conv1d"),
     ("compress.storage", "compress.streaming"),
     ("compress.model", "compress.classifier", "compress.seq2seq", "compress.source", "compress.permutation",

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from compress import methods
 from compress.architectures import Facts
 from compress.encodings import CODEBOOK_BITS, FIXED_GROUPS, EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
@@ -37,7 +38,6 @@ class WeightQuantization(Step):
 
     packs: ClassVar[bool] = True
     streams: ClassVar[bool] = True
-    codebooks: ClassVar[bool] = False  # whether this method can choose codes of codebooks
 
     encoding: CodedName = "int4"
     group_size: int | Literal["channel"] = Field(32)
@@ -45,12 +45,14 @@ class WeightQuantization(Step):
     keep: dict[str, EncodingName] = Field(default_factory=dict)
     embeddings: EncodingName | None = "int8"
 
+    @field_validator("encoding", "keep", "embeddings", mode="before")
+    @classmethod
+    def _stores(cls, asked: object, info: ValidationInfo) -> object:
+        return judged(cls.name, info, asked)
+
     @model_validator(mode="after")
     def _judge_codebooks(self) -> Self:
-        """Refuse codebooks where the method has none, and fields that the chosen one would ignore."""
-        asked = [e for e in (self.encoding, *self.keep.values(), self.embeddings) if e in CODEBOOK_BITS]
-        if asked and not self.codebooks:
-            raise RecipeError(f"{self.name} chooses integer codes, not {asked[0]}'s; use quantize.rtn, gptq or awq")
+        """Refuse fields that the chosen codebook would ignore."""
         if self.encoding in CODEBOOK_BITS and not self.symmetric:
             raise RecipeError(f"symmetric: {self.encoding} is a codebook without zero points; leave it true")
         fixed = FIXED_GROUPS.get(self.encoding)
@@ -82,6 +84,16 @@ class WeightQuantization(Step):
             return Encoding(name)
         size = None if self.group_size == "channel" else self.group_size
         return Encoding(name, FIXED_GROUPS.get(name, size), name in CODEBOOK_BITS or self.symmetric)
+
+
+def judged(step: str, info: ValidationInfo, asked: object) -> object:
+    """What a field says, or ValueError with the reason where it names an encoding that the step does not take."""
+    kept = info.field_name in ("keep", "embeddings")
+    values = asked.values() if isinstance(asked, Mapping) else asked if isinstance(asked, list | tuple) else [asked]
+    for name in values:
+        if isinstance(name, str) and (reason := methods.refusal(step, name, kept)):
+            raise ValueError(reason)
+    return asked
 
 
 def check_fit(facts: Facts, keep: Mapping[str, object], encodings: Mapping[str, Encoding]) -> None:

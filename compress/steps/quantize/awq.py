@@ -36,7 +36,6 @@ class Awq(WeightQuantization):
 
     name: ClassVar[str] = "quantize.awq"
     uses_calibration: ClassVar[bool] = True
-    codebooks: ClassVar[bool] = True
 
     alphas: int = Field(20, ge=1)
     range: Literal["minmax", "mse"] = "mse"

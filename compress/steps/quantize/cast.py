@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import ValidationInfo, field_validator
+
 from compress.architectures import Facts
 from compress.encodings import Encoding
 from compress.interfaces import Context, Step
-from compress.steps.quantize._fields import refuse_encoded, round_to_nearest
+from compress.steps.quantize._fields import judged, refuse_encoded, round_to_nearest
 
 if TYPE_CHECKING:
     from compress.model import Model
@@ -24,6 +26,11 @@ class Cast(Step):
     streams: ClassVar[bool] = True
 
     encoding: Literal["fp16", "bf16"] = "fp16"
+
+    @field_validator("encoding", mode="before")
+    @classmethod
+    def _stores(cls, asked: object, info: ValidationInfo) -> object:
+        return judged(cls.name, info, asked)
 
     def encodings(self, facts: Facts) -> Mapping[str, Encoding]:
         """The same float encoding for every matrix."""

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compress import ggml_mixes
 from compress.architectures import Facts
-from compress.encodings import EncodedTensor, Encoding
+from compress.encodings import GGML_NAMES, EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context, Step
-from compress.steps.quantize._fields import check_fit, refuse_encoded
+from compress.steps.quantize._fields import check_fit, judged, refuse_encoded
 from compress.steps.quantize._folding import note_silence
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ TypeName = Literal[
 ]  # fmt: skip
 KeptName = TypeName | Literal["fp16", "bf16", "fp32"]
 SmallBlock = Literal["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"]
-OURS = {"q4_0": "int4", "q5_0": "int5", "q8_0": "int8", "iq4_nl": "iq4_nl"}  # types that hold our codes and scales
+OURS = {**GGML_NAMES, "iq4_nl": "iq4_nl"}  # types that hold our codes and scales
 
 
 class Ggml(Step):
@@ -53,6 +53,11 @@ class Ggml(Step):
     fallback: SmallBlock | Literal["llama.cpp"] | None = None
     keep: dict[str, KeptName] = Field(default_factory=dict)
     embeddings: KeptName | Literal["auto"] | None = "auto"
+
+    @field_validator("type", "fallback", "keep", "embeddings", mode="before")
+    @classmethod
+    def _stores(cls, asked: object, info: ValidationInfo) -> object:
+        return judged(cls.name, info, asked)
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:

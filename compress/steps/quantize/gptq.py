@@ -53,7 +53,6 @@ class Gptq(WeightQuantization):
     takes_pairs: ClassVar[bool] = True
     version: ClassVar[int] = 7
     uses_calibration: ClassVar[bool] = True
-    codebooks: ClassVar[bool] = True
 
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
     range: Literal["minmax", "mse"] = "mse"

@@ -15,14 +15,7 @@ from pydantic import Field, model_validator
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
-from compress.steps.quantize._fields import (
-    CodedName,
-    EncodingName,
-    WeightQuantization,
-    encode,
-    refuse_encoded,
-    round_to_nearest,
-)
+from compress.steps.quantize._fields import EncodingName, WeightQuantization, encode, refuse_encoded, round_to_nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,11 +23,13 @@ if TYPE_CHECKING:
     from compress.model import Model
 
 
+Stored = Literal["int8", "int5", "int4", "int3", "int2", "q4_1", "q5_1"]
+Kept = Stored | Literal["fp16", "bf16", "fp32"]
 OFFSETS = {"q4_1": 15, "q5_1": 31}  # types whose blocks of 32 hold a float16 offset, and their highest code
 
 
 class Hqq(WeightQuantization):
-    """Scales and zero points of least Σ |w − ŵ|^p; embeddings are rounded to nearest.
+    """Scales and zero points of least Σ |w − ŵ|^p; integers of embeddings are rounded to nearest.
 
     encoding: integers, or GGUF's q4_1 and q5_1, which hold zero points as the real numbers that the method finds
     (beside these, what `keep` and `embeddings` name goes without zero points, as GGUF's other types do).
@@ -47,8 +42,10 @@ class Hqq(WeightQuantization):
     classifiers: ClassVar[bool] = True
     takes_pairs: ClassVar[bool] = True
 
-    encoding: Literal[CodedName, "q4_1", "q5_1"] = "int4"  # type: ignore[assignment]
+    encoding: Stored = "int4"  # type: ignore[assignment]
     symmetric: bool = False
+    keep: dict[str, Kept] = Field(default_factory=dict)  # type: ignore[assignment]
+    embeddings: Kept | None = "int8"  # type: ignore[assignment]
     p: float = Field(0.7, gt=0, le=1, allow_inf_nan=False)
     iterations: int = Field(20, ge=1)
 
@@ -62,7 +59,7 @@ class Hqq(WeightQuantization):
             )
         return self
 
-    def _encoding(self, name: Literal[EncodingName, "q4_1", "q5_1"]) -> Encoding:
+    def _encoding(self, name: EncodingName | Kept) -> Encoding:
         if name == "q4_1" or name == "q5_1":
             return Encoding(name)
         found = super()._encoding(name)
@@ -76,7 +73,7 @@ class Hqq(WeightQuantization):
             context.progress(tensor, i / len(chosen))
             W = model.parameter(tensor).detach()
             linear = tensor.removesuffix(".weight") in model.facts.linears
-            if linear and encoding.name in OFFSETS:
+            if encoding.name in OFFSETS:
                 model.store(tensor, self._in_blocks(tensor, W, encoding))
             elif linear and encoding.is_affine:
                 model.store(tensor, self._rounded(tensor, W, encoding))

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from compress import methods
 from compress.architectures import Facts
 from compress.encodings import Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context, Step
 from compress.plugin import step
-from compress.steps.quantize._fields import CodedName, EncodingName, refuse_encoded, round_to_nearest
+from compress.steps.quantize._fields import CodedName, EncodingName, judged, refuse_encoded, round_to_nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,19 @@ class Mixed(Step):
     symmetric: bool = True
     embeddings: EncodingName | None = "int8"
     sensitivity_tokens: int = Field(4096, ge=2)
+
+    @field_validator("choices", "embeddings", mode="before")
+    @classmethod
+    def _stores(cls, asked: object, info: ValidationInfo) -> object:
+        return judged(cls.name, info, asked)
+
+    @model_validator(mode="after")
+    def _judge_by_method(self) -> Self:
+        """Refuse what the method would."""
+        for name in (*self.choices, *([self.embeddings] if self.embeddings else [])):
+            if reason := methods.refusal(f"quantize.{self.method}", name, kept=name not in self.choices):
+                raise RecipeError(f"method: {reason}")
+        return self
 
     def reads(self) -> str:
         """The method with its version: when its results change, so do these."""

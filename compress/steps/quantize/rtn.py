@@ -17,7 +17,6 @@ class RoundToNearest(WeightQuantization):
     name: ClassVar[str] = "quantize.rtn"
     classifiers: ClassVar[bool] = True
     takes_pairs: ClassVar[bool] = True
-    codebooks: ClassVar[bool] = True
 
     range: Literal["minmax", "mse"] = "minmax"
 
