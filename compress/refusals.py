@@ -165,7 +165,7 @@ def _check_rounded_once(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> No
             twice = [name for name in _encodings(step, shapes[i]) if name in coded]
             if twice:
                 first = f"stored as codes by steps[{coded[twice[0]]}] already"
-                remedy = "leave them to one step (keep: fp32, embeddings: null)"
+                remedy = "leave them to one step (layers, keep: fp32, embeddings: null)"
                 raise _refusal(recipe, path, f"{twice[0]} and {len(twice) - 1} more are {first}; {remedy}")
         for step in entry.attempts:
             coded |= {name: i for name, e in _encodings(step, shapes[i]).items() if e.is_coded}

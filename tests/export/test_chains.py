@@ -23,7 +23,10 @@ CHAIN: list[tuple[str, dict[str, Any]]] = [
     ("prune.wanda", {"pattern": "2:4"}),
     (
         "quantize.rtn",
-        {"group_size": 32, "keep": {"*.down_proj": "int8", "*.v_proj": "fp16", "*.o_proj": "fp32", "*.1.*": "int5"}},
+        {
+            "group_size": 32,
+            "keep": {"*.down_proj": "int8", "*.v_proj": "fp16", "*.o_proj": "fp32", "*.1.*": "int5", "lm_head": "int5"},
+        },
     ),
 ]
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {

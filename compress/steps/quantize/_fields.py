@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CodedName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4", "iq4_nl"]
 EncodingName = Literal["int8", "int5", "int4", "int3", "int2", "nf4", "mxfp4", "iq4_nl", "fp16", "bf16", "fp32"]
+E = TypeVar("E")
 WEIGHTS_AT_ONCE = 2**19  # that are rounded: some copies of them fit into a processor's cache
 
 
@@ -30,10 +31,12 @@ class WeightQuantization(Step):
     """Linears of the blocks in `encoding`, except those that `keep` names; embeddings on their own.
 
     group_size: input channels per scale, or "channel" for one scale per row (mxfp4 and iq4_nl always have
-    their own 32). symmetric: whether integer codes go without zero points; codebooks always do. keep: glob over
-    module names → encoding ("fp32" leaves them as they are); the last match wins. embeddings: encoding of the
-    token embedding and the output head (tied or not), rounded to nearest (but see quantize.gptq); null leaves them in
-    float32.
+    their own 32). symmetric: whether integer codes go without zero points; codebooks always do. layers: globs over
+    module names; the linears of the blocks that none matches stay as they are, for a later step perhaps. keep: glob
+    over module names → encoding ("fp32" leaves them as they are); the last match wins. A glob that matches no linear
+    of the blocks may name the token embedding or the output head: a tied head has the encoding of its embedding.
+    embeddings: encoding of these two where `keep` names them not, rounded to nearest (but see quantize.gptq); null
+    leaves them in float32.
     """
 
     packs: ClassVar[bool] = True
@@ -42,6 +45,7 @@ class WeightQuantization(Step):
     encoding: CodedName = "int4"
     group_size: int | Literal["channel"] = Field(32)
     symmetric: bool = True
+    layers: tuple[str, ...] = Field(("*",), strict=False)  # a list fills a tuple
     keep: dict[str, EncodingName] = Field(default_factory=dict)
     embeddings: EncodingName | None = "int8"
 
@@ -66,18 +70,13 @@ class WeightQuantization(Step):
         """Refuse group sizes that do not divide and patterns that match nothing."""
         if isinstance(self.group_size, int) and self.group_size < 1:
             raise RecipeError(f'group_size={self.group_size}; expected a positive number or "channel"')
-        check_fit(facts, self.keep, self.encodings(facts))
+        check_fit(facts, self.layers, self.keep, self.encodings(facts))
 
     def encodings(self, facts: Facts) -> Mapping[str, Encoding]:
         """Encoding per tensor name; tensors left in float32 are absent."""
-        chosen: dict[str, EncodingName] = {name: self.encoding for name in facts.linears}
-        for pattern, encoding in self.keep.items():
-            chosen.update({name: encoding for name in facts.linears if fnmatchcase(name, pattern)})
-        found = {f"{name}.weight": self._encoding(e) for name, e in chosen.items() if e != "fp32"}
-        if self.embeddings not in (None, "fp32"):
-            for name in facts.matrices.keys() - {f"{n}.weight" for n in facts.linears}:
-                found[name] = self._encoding(self.embeddings)
-        return found
+        asked = dict.fromkeys(facts.linears, self.encoding) | dict.fromkeys(outside(facts), self.embeddings or "fp32")
+        chosen = selected(facts, self.layers, self.keep, asked)
+        return {f"{name}.weight": self._encoding(e) for name, e in chosen.items() if e != "fp32"}
 
     def _encoding(self, name: EncodingName) -> Encoding:
         if name in ("fp16", "bf16", "fp32"):
@@ -96,11 +95,41 @@ def judged(step: str, info: ValidationInfo, asked: object) -> object:
     return asked
 
 
-def check_fit(facts: Facts, keep: Mapping[str, object], encodings: Mapping[str, Encoding]) -> None:
-    """Raise RecipeError for a pattern that matches no linear, and for groups that do not divide the inputs."""
-    for pattern in keep:
+def outside(facts: Facts) -> list[str]:
+    """The modules with a matrix that are no linears of the blocks: embeddings, and the output head unless tied."""
+    modules = (tensor.removesuffix(".weight") for tensor in facts.matrices)
+    return [name for name in modules if name not in facts.linears]
+
+
+def matched(facts: Facts, pattern: str) -> list[str]:
+    """The modules that a glob of `keep` names: linears of the blocks or, if it matches none, what lies outside."""
+    inside = [name for name in facts.linears if fnmatchcase(name, pattern)]
+    return inside or [name for name in outside(facts) if fnmatchcase(name, pattern)]
+
+
+def selected(facts: Facts, layers: Sequence[str], keep: Mapping[str, E], asked: Mapping[str, E]) -> dict[str, E]:
+    """What `asked` says per module, after `keep`, without the linears of the blocks that `layers` leaves out."""
+    found = {n: e for n, e in asked.items() if n not in facts.linears or any(fnmatchcase(n, p) for p in layers)}
+    for pattern, own in keep.items():
+        found.update({name: own for name in matched(facts, pattern) if name in found})
+    return found
+
+
+def check_fit(
+    facts: Facts, layers: Sequence[str], keep: Mapping[str, object], encodings: Mapping[str, Encoding]
+) -> None:
+    """Raise RecipeError for a pattern that matches nothing, and for groups that do not divide the inputs."""
+    example = next(iter(facts.linears))
+    for pattern in layers:
         if not any(fnmatchcase(name, pattern) for name in facts.linears):
-            raise RecipeError(f"keep: {pattern!r} matches no linear, e.g. {next(iter(facts.linears))}")
+            raise RecipeError(f"layers: {pattern!r} matches no linear, e.g. {example}")
+    for pattern in keep:
+        names = matched(facts, pattern)
+        if not names:
+            others = f"nor {', '.join(outside(facts))}{' (the head is tied to it)' if facts.tied else ''}"
+            raise RecipeError(f"keep: {pattern!r} matches no linear, e.g. {example}, {others}")
+        if not selected(facts, layers, {}, dict.fromkeys(names)):
+            raise RecipeError(f"keep: {pattern!r} matches no linear that layers ({', '.join(layers)}) takes")
     for name, encoding in encodings.items():
         if encoding.is_coded:
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -14,7 +13,7 @@ from compress.architectures import Facts
 from compress.encodings import GGML_NAMES, EncodedTensor, Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context, Step
-from compress.steps.quantize._fields import check_fit, judged, refuse_encoded
+from compress.steps.quantize._fields import check_fit, judged, outside, refuse_encoded, selected
 from compress.steps.quantize._folding import note_silence
 
 if TYPE_CHECKING:
@@ -51,6 +50,7 @@ class Ggml(Step):
     type: TypeName | None = None
     preset: ggml_mixes.Preset | None = None
     fallback: SmallBlock | Literal["llama.cpp"] | None = None
+    layers: tuple[str, ...] = Field(("*",), strict=False)  # a list fills a tuple
     keep: dict[str, KeptName] = Field(default_factory=dict)
     embeddings: KeptName | Literal["auto"] | None = "auto"
 
@@ -81,7 +81,7 @@ class Ggml(Step):
                 f"{ggml_mixes.block(kind)} do not divide{rest}; llama.cpp would store {_summary(self._stock(facts))} "
                 "instead: ask for that with fallback: llama.cpp, or name a type, e.g. fallback: q4_0"
             )
-        check_fit(facts, self.keep, self.encodings(facts))
+        check_fit(facts, self.layers, self.keep, self.encodings(facts))
 
     def encodings(self, facts: Facts) -> Mapping[str, Encoding]:
         """Encoding per tensor name; tensors left in float32 are absent."""
@@ -125,16 +125,14 @@ class Ggml(Step):
 
     def _asked(self, facts: Facts) -> dict[str, KeptName]:
         """The type of every tensor by preset or type, keep and embeddings, whatever its shape."""
-        chosen: dict[str, KeptName] = {f"{name}.weight": self.type or "q4_k" for name in facts.linears}
-        embeddings: KeptName | None = "q8_0" if self.embeddings == "auto" else self.embeddings
+        asked: dict[str, KeptName] = dict.fromkeys(facts.linears, self.type or "q4_k")
         if self.preset is not None:
-            chosen = cast(dict[str, KeptName], ggml_mixes.types(self.preset, facts, importance=True))
-        for pattern, kind in self.keep.items():
-            chosen.update({f"{name}.weight": kind for name in facts.linears if fnmatchcase(name, pattern)})
+            types = cast(dict[str, KeptName], ggml_mixes.types(self.preset, facts, importance=True))
+            asked = {tensor.removesuffix(".weight"): kind for tensor, kind in types.items()}
         if self.preset is None or self.embeddings != "auto":
-            outer = facts.matrices.keys() - {f"{name}.weight" for name in facts.linears}
-            chosen |= dict.fromkeys(sorted(outer), embeddings or "fp32")
-        return chosen
+            outer: KeptName | None = "q8_0" if self.embeddings == "auto" else self.embeddings
+            asked |= dict.fromkeys(outside(facts), outer or "fp32")
+        return {f"{n}.weight": kind for n, kind in selected(facts, self.layers, self.keep, asked).items()}
 
     def _misfits(self, facts: Facts) -> dict[str, KeptName]:
         """The tensors whose rows no whole number of their type's blocks makes, with that type."""

@@ -19,7 +19,15 @@ from compress.encodings import Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context, Step
 from compress.plugin import step
-from compress.steps.quantize._fields import CodedName, EncodingName, judged, refuse_encoded, round_to_nearest
+from compress.steps.quantize._fields import (
+    CodedName,
+    EncodingName,
+    judged,
+    matched,
+    refuse_encoded,
+    round_to_nearest,
+    selected,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,11 +38,12 @@ if TYPE_CHECKING:
 class Mixed(Step):
     """Each linear of the blocks in one of `choices`, of least expected loss at `target_bits` bits per weight.
 
-    target_bits: over the linears of the blocks, scales and zero points included; embeddings are apart. method: the
-    quantization step that rounds to the chosen encodings, its other fields at their defaults. A choice is expected
-    to cost ½ Σ F E² nats per token, and costs add up over linears: E is the error of rounding to nearest, F the
-    squared gradients of the model's own output on the first `sensitivity_tokens` of the calibration data. The
-    cheapest table is found exactly. group_size, symmetric, embeddings: as in every weight quantization.
+    target_bits: over the linears that are chosen for, scales and zero points included; embeddings, and what `keep` or
+    `layers` sets apart, count in no budget. method: the quantization step that rounds to the chosen encodings, its
+    other fields at their defaults. A choice is expected to cost ½ Σ F E² nats per token, and costs add up over
+    linears: E is the error of rounding to nearest, F the squared gradients of the model's own output on the first
+    `sensitivity_tokens` of the calibration data. The cheapest table is found exactly. group_size, symmetric, layers,
+    keep, embeddings: as in every weight quantization.
     """
 
     name: ClassVar[str] = "quantize.mixed"
@@ -47,10 +56,12 @@ class Mixed(Step):
     method: Literal["gptq", "rtn", "awq", "hqq"] = "gptq"
     group_size: int | Literal["channel"] = 32
     symmetric: bool = True
+    layers: tuple[str, ...] = Field(("*",), strict=False)
+    keep: dict[str, EncodingName] = Field(default_factory=dict)
     embeddings: EncodingName | None = "int8"
     sensitivity_tokens: int = Field(4096, ge=2)
 
-    @field_validator("choices", "embeddings", mode="before")
+    @field_validator("choices", "keep", "embeddings", mode="before")
     @classmethod
     def _stores(cls, asked: object, info: ValidationInfo) -> object:
         return judged(cls.name, info, asked)
@@ -58,7 +69,7 @@ class Mixed(Step):
     @model_validator(mode="after")
     def _judge_by_method(self) -> Self:
         """Refuse what the method would."""
-        for name in (*self.choices, *([self.embeddings] if self.embeddings else [])):
+        for name in (*self.choices, *self.keep.values(), self.embeddings or "fp32"):
             if reason := methods.refusal(f"quantize.{self.method}", name, kept=name not in self.choices):
                 raise RecipeError(f"method: {reason}")
         return self
@@ -74,6 +85,8 @@ class Mixed(Step):
             raise RecipeError(f"choices: {', '.join(self.choices)} names an encoding twice")
         for choice in self.choices:
             self._quantization({"*": choice}).check(facts)
+        if not self._free(facts):
+            raise RecipeError("keep and layers leave no linear to choose for; leave it some, or use another step")
         ends = {choice: _bits(facts, self._all(facts, choice)) for choice in self.choices}
         small, large = min(ends, key=ends.__getitem__), max(ends, key=ends.__getitem__)
         if not ends[small] <= self.target_bits < ends[large]:
@@ -87,7 +100,7 @@ class Mixed(Step):
         codes = [self._all(facts, choice) for choice in self.choices]
         losses = {
             name: [n * m * 4.0 ** -encodings[name].bits for encodings in codes]
-            for name, (n, m) in facts.linears.items()
+            for name, (n, m) in self._free(facts).items()
         }
         return self._quantization(self.table(facts, losses)).encodings(facts)
 
@@ -95,11 +108,11 @@ class Mixed(Step):
         """Every choice, for every linear."""
         found = {name: [encoding] for name, encoding in self._quantization({}).encodings(facts).items()}
         codes = [self._all(facts, choice) for choice in self.choices]
-        return {**found, **{f"{name}.weight": [encodings[name] for encodings in codes] for name in facts.linears}}
+        return {**found, **{f"{name}.weight": [encodings[name] for encodings in codes] for name in self._free(facts)}}
 
     def gradient_bytes(self, facts: Facts) -> int:
-        """Squares of every linear's."""
-        return 4 * sum(n * m for n, m in facts.linears.values())
+        """Squares of those of every linear that is chosen for."""
+        return 4 * sum(n * m for n, m in self._free(facts).values())
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
         """The method's."""
@@ -132,8 +145,8 @@ class Mixed(Step):
         fisher, tokens = self._fisher(model, context)
         codes = [self._all(model.facts, choice) for choice in self.choices]
         found: dict[str, list[float]] = {}
-        for i, name in enumerate(model.facts.linears):
-            context.progress(f"rounding {name}", i / len(model.facts.linears))
+        for i, name in enumerate(fisher):
+            context.progress(f"rounding {name}", i / len(fisher))
             W = model.parameter(f"{name}.weight").detach()
             found[name] = []
             for encodings in codes:
@@ -145,17 +158,16 @@ class Mixed(Step):
         """The choice per linear that solves the knapsack."""
         from compress.numerics.knapsack import choose
 
-        codes = [self._all(facts, choice) for choice in self.choices]
+        codes, free = [self._all(facts, choice) for choice in self.choices], self._free(facts)
         costs = [
-            [round(n * m * encodings[name].bits_per_weight(m)) for encodings in codes]
-            for name, (n, m) in facts.linears.items()
+            [round(n * m * encodings[name].bits_per_weight(m)) for encodings in codes] for name, (n, m) in free.items()
         ]
-        weights = sum(n * m for n, m in facts.linears.values())
-        picks = choose(costs, [losses[name] for name in facts.linears], int(self.target_bits * weights))
-        return {name: self.choices[k] for name, k in zip(facts.linears, picks, strict=True)}
+        weights = sum(n * m for n, m in free.values())
+        picks = choose(costs, [losses[name] for name in free], int(self.target_bits * weights))
+        return {name: self.choices[k] for name, k in zip(free, picks, strict=True)}
 
     def _fisher(self, model: Model, context: Context) -> tuple[dict[str, Tensor], int]:
-        """Squared gradients summed over the tokens, (n, m) per linear, and the number of tokens."""
+        """Squared gradients summed over the tokens, (n, m) per linear chosen for, and the number of tokens."""
         import torch
 
         from compress.numerics.affine import finite
@@ -167,7 +179,7 @@ class Mixed(Step):
         if not windows:
             raise RecipeError(f"{self.name} needs data.calibration")
         generator = torch.Generator().manual_seed(context.seed)
-        with squares_of(model) as fisher:
+        with squares_of(model, self._free(model.facts)) as fisher:
             network = Network(model.module, learns=False)
             for i, window in enumerate(windows):
                 context.progress(f"sensitivity, window {i + 1}/{len(windows)}", i / len(windows))
@@ -180,27 +192,34 @@ class Mixed(Step):
 
     def _quantization(self, table: Mapping[str, CodedName]) -> Step:
         """The step that stores what the table says; the first choice where it says nothing."""
-        fields = self.model_dump(include={"group_size", "symmetric", "embeddings"})
-        return step(f"quantize.{self.method}").model_validate(
-            {**fields, "encoding": self.choices[0], "keep": dict(table)}
-        )
+        fields = self.model_dump(include={"group_size", "symmetric", "layers", "embeddings"})
+        fields |= {"encoding": self.choices[0], "keep": {**table, **self.keep}}
+        return step(f"quantize.{self.method}").model_validate(fields)
+
+    def _free(self, facts: Facts) -> dict[str, tuple[int, int]]:
+        """The linears that are chosen for, with their shapes: those that `layers` takes and `keep` does not name."""
+        kept = {name for pattern in self.keep for name in matched(facts, pattern)}
+        taken = selected(facts, self.layers, {}, facts.linears)
+        return {name: shape for name, shape in taken.items() if name not in kept}
 
     def _all(self, facts: Facts, choice: CodedName) -> dict[str, Encoding]:
-        """Each linear's encoding if all of them had the same choice."""
+        """The encoding of each linear that is chosen for if all of them had the same choice."""
         stored = self._quantization({"*": choice}).encodings(facts)
-        return {name: stored[f"{name}.weight"] for name in facts.linears}
+        return {name: stored[f"{name}.weight"] for name in self._free(facts)}
 
 
 def _bits(facts: Facts, encodings: Mapping[str, Encoding]) -> float:
-    """Bits per weight over the linears."""
-    sizes = facts.linears
-    bits = sum(sizes[name][0] * sizes[name][1] * e.bits_per_weight(sizes[name][1]) for name, e in encodings.items())
+    """Bits per weight over these linears."""
+    sizes = {name: facts.linears[name] for name in encodings}
+    bits = sum(n * m * encodings[name].bits_per_weight(m) for name, (n, m) in sizes.items())
     return bits / sum(n * m for n, m in sizes.values())
 
 
 @contextmanager
-def squares_of(model: Model) -> Iterator[dict[str, Tensor]]:
+def squares_of(model: Model, linears: Mapping[str, tuple[int, int]] | None = None) -> Iterator[dict[str, Tensor]]:
     """Squared gradients per linear, (n, m) float32, summed over every backward pass while this is open.
+
+    linears: name → (n, m); None for all of the blocks.
 
     No weight gets a gradient of its own: what is squared are the outer products of inputs and output gradients.
     """
@@ -209,7 +228,7 @@ def squares_of(model: Model) -> Iterator[dict[str, Tensor]]:
     from compress.numerics.sensitivity import squared_gradients
 
     flags = {parameter: parameter.requires_grad for parameter in model.module.parameters()}
-    found = {name: torch.zeros(shape) for name, shape in model.facts.linears.items()}
+    found = {name: torch.zeros(shape) for name, shape in (linears or model.facts.linears).items()}
 
     def watch(name: str) -> Any:
         def after(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -19,7 +18,13 @@ from compress.encodings import Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.rounding import InputRounding, Scheme
-from compress.steps.quantize._fields import WeightQuantization, refuse_encoded, round_to_nearest
+from compress.steps.quantize._fields import (
+    WeightQuantization,
+    matched,
+    refuse_encoded,
+    round_to_nearest,
+    selected,
+)
 from compress.steps.quantize._folding import fixed, fold, note_silence
 
 if TYPE_CHECKING:
@@ -64,9 +69,10 @@ class SmoothQuant(WeightQuantization):
                 )
 
     def inputs(self, facts: Facts) -> Mapping[str, InputRounding]:
-        """The rounding of every linear that `keep` does not name; the scales of "static" are not known yet."""
-        rounded = [name for name in facts.linears if not any(fnmatchcase(name, pattern) for pattern in self.keep)]
-        return {name: InputRounding(self.activations) for name in rounded}
+        """The rounding of every linear taken that `keep` does not name; the scales of "static" are not known yet."""
+        kept = {name for pattern in self.keep for name in matched(facts, pattern)}
+        taken = selected(facts, self.layers, {}, facts.linears)
+        return {name: InputRounding(self.activations) for name in taken if name not in kept}
 
     def apply(self, model: Model, context: Context) -> None:
         """Smooth and round every block in turn, each fed by the rounded ones before it, then the embeddings."""
