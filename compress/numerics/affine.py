@@ -140,6 +140,22 @@ def _cover(W: Tensor, low: int, high: int, symmetric: bool, steps: Tensor) -> Gr
     return Grid(low, high, scales, zero_points)
 
 
+def central(W: Tensor, percentile: float) -> Tensor:
+    """W (n, g, k) with the tails of each group cut off: clamped to the range of its central `percentile` percent.
+
+    Each tail holds (100 - percentile) / 2 percent of a group's weights, by linear interpolation between them. Raises
+    NumericalError for non-finite weights.
+
+    >>> central(torch.arange(5.0).view(1, 1, 5), 50.0).tolist()
+    [[[1.0, 1.0, 2.0, 3.0, 3.0]]]
+    """
+    if not finite(W):
+        raise NumericalError("non-finite weights")
+    tail = (100 - percentile) / 200
+    low, high = torch.quantile(W, torch.tensor([tail, 1 - tail]), dim=-1, keepdim=True)
+    return W.clamp(low, high)
+
+
 def finite(x: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity, in one pass and without a copy."""
     if not x.numel():

@@ -1,5 +1,6 @@
 """Rounding methods: reference, properties, bad input, and consequences on the real model."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -335,6 +336,77 @@ def test_non_finite_weights_name_the_tensor():
         model.parameter("model.layers.0.mlp.up_proj.weight")[1, 1] = float("nan")
     with pytest.raises(NumericalError, match="layers.0.mlp.up_proj"):
         step("quantize.rtn")(encoding="int4", group_size=16).apply(model, Context(seed=0))
+
+
+def slow_percentile(W: torch.Tensor, encoding: Encoding, percentile: float) -> torch.Tensor:
+    """What integer codes decode to, weight by weight in float64: numpy's percentiles are the range of each group."""
+    low, high = encoding.code_range
+    size, tail = encoding.group_size or W.shape[1], (100 - percentile) / 2
+    found = torch.empty(W.shape, dtype=torch.float64)
+    for i, row in enumerate(W.double().tolist()):
+        for start in range(0, len(row), size):
+            group = row[start : start + size]
+            least, most = np.percentile(group, [tail, 100 - tail])
+            zero = 0
+            if encoding.symmetric:
+                top = least if -least >= most else most
+                scale = top / (low if low < -high else high)
+            else:
+                least, most = min(least, 0.0), max(most, 0.0)
+                scale = (most - least) / (high - low)
+            scale = float(np.float16(scale))
+            if not encoding.symmetric:
+                zero = min(max(round(low - least / scale), low), high)
+            for j, w in enumerate(group):
+                code = min(max(round(w / scale) + zero, low), high)
+                found[i, start + j] = (code - zero) * scale
+    return found
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("percentile", [50.0, 93.75, 99.9])
+def test_a_percentile_is_the_range_of_each_group(name, symmetric, percentile):
+    W, _ = problem(3)
+    W[:, 5] *= 20.0
+    encoding = Encoding(name, 16, symmetric)
+    found = round_to_nearest("w", W, encoding, False, percentile=percentile)
+    expected = slow_percentile(W, encoding, percentile)
+    # float32 against float64: a weight on the edge between two codes may fall on either side
+    assert (~torch.isclose(found.decode().double(), expected, rtol=1e-6, atol=0)).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("encoding", [Encoding("int4", 32), Encoding("nf4", 32), Encoding("iq4_nl", 32)])
+def test_clipping_outliers_spares_the_rest(encoding):
+    W = torch.randn(16, 64, generator=torch.Generator().manual_seed(4))
+    W[:, ::32] = 40.0  # one of each group
+    rest = torch.ones(64, dtype=torch.bool)
+    rest[::32] = False
+    errors = [
+        (round_to_nearest("w", W, encoding, False, percentile=p).decode() - W)[:, rest].square().mean()
+        for p in (100.0, 93.0)
+    ]
+    assert errors[1] < 0.1 * errors[0]
+
+
+def test_the_step_clips_every_tensor_and_still_sees_what_is_not_finite():
+    model, plain = tiny_model(), tiny_model()
+    step("quantize.rtn")(group_size=16, range="percentile", percentile=90).apply(model, Context(seed=0))
+    for name, held in model.encoded.items():
+        expected = round_to_nearest(name, plain.parameter(name).detach(), held.encoding, False, percentile=90.0)
+        assert torch.equal(held.codes, expected.codes) and torch.equal(held.scales, expected.scales)
+    with torch.no_grad():
+        plain.parameter("model.layers.0.mlp.up_proj.weight")[1, 1] = float("inf")  # a clamp would hide it
+    with pytest.raises(NumericalError, match="layers.0.mlp.up_proj.weight: non-finite weights"):
+        step("quantize.rtn")(group_size=16, range="percentile", percentile=80).apply(plain, Context(seed=0))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"range": "percentile"}, {"percentile": 99.0}, {"range": "mse", "percentile": 99.0}]
+)
+def test_a_percentile_and_its_range_go_together(fields):
+    with pytest.raises(ValidationError, match="expected both, as in range: percentile, percentile: 99.9"):
+        step("quantize.rtn")(**fields)
 
 
 @pytest.mark.model

@@ -171,13 +171,21 @@ def grid_of(encoded: EncodedTensor, group: int) -> Grid | CodebookGrid:
 
 
 def round_to_nearest(
-    name: str, W: Tensor, encoding: Encoding, search: bool, importance: Tensor | None = None
+    name: str,
+    W: Tensor,
+    encoding: Encoding,
+    search: bool,
+    importance: Tensor | None = None,
+    percentile: float = 100.0,
 ) -> EncodedTensor:
     """W (n, m) float32 in `encoding`, each weight rounded on its own; importance: (m,) or None.
 
-    Raises NumericalError naming the tensor.
+    percentile: the range of a group is fitted to so many percent of its weights. Raises NumericalError naming the
+    tensor.
     """
     import torch
+
+    from compress.numerics.affine import central
 
     if encoding.name == "fp16" or encoding.name == "bf16":
         return EncodedTensor(encoding, W.to(torch.float16 if encoding.name == "fp16" else torch.bfloat16))
@@ -186,7 +194,8 @@ def round_to_nearest(
     parts = []
     for rows in torch.split(W, max(1, WEIGHTS_AT_ONCE // W.shape[1])):
         try:
-            grid = fit_grid(rows.reshape(len(rows), groups, -1), encoding, weights, search)
+            grouped = rows.reshape(len(rows), groups, -1)
+            grid = fit_grid(central(grouped, percentile) if percentile < 100 else grouped, encoding, weights, search)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from None
         parts.append(encode(rows, encoding, grid))
