@@ -79,7 +79,13 @@ def test_what_is_read_as_it_is_or_has_8_bits_is_rounded_to_nearest():
 
 def test_options_reach_the_head():
     plain = rounded(True, "int4").encoded["model.embed_tokens.weight"]
-    for fields in ({"refinement": 1}, {"act_order": True}, {"range": "minmax"}, {"dampening": 0.5}):
+    for fields in (
+        {"refinement": 1},
+        {"act_order": True},
+        {"static_groups": True},
+        {"range": "minmax"},
+        {"dampening": 0.5},
+    ):
         other = rounded(True, "int4", **fields).encoded["model.embed_tokens.weight"]
         assert not torch.equal(plain.codes, other.codes), fields
 

@@ -119,6 +119,23 @@ def test_act_order_rounds_the_strongest_channels_first_on_static_scales():
 
 
 @pytest.mark.parametrize("encoding", [INT4, Encoding("int4", 16, symmetric=False), Encoding("nf4", 16)])
+@pytest.mark.parametrize("search", [True, False])
+def test_static_groups_are_fitted_to_the_weights_as_they_were(encoding, search):
+    """As `static_groups` in the authors' gptq.py (IST-DASLab/gptq), without a change of order."""
+    W, H = problem(12)
+    found = solve(W, Moments(H), encoding, 0.01, search, static_groups=True)
+    beforehand = fit_grid(W.view(10, 3, 16), encoding, H.diagonal().view(3, 16), search)
+    assert torch.equal(found.scales, beforehand.scales)
+    dynamic = solve(W, Moments(H), encoding, 0.01, search)
+    # the first group's are the same, and the later ones have made up for it by the time they are fitted
+    assert torch.equal(dynamic.scales[:, 0], found.scales[:, 0])
+    assert not torch.equal(dynamic.scales[:, 1:], found.scales[:, 1:])
+    if encoding == INT4:
+        expected = slow_gptq(W, H, beforehand.scales, 16, 0.01)
+        assert (found.codes.double() != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("encoding", [INT4, Encoding("int4", 16, symmetric=False), Encoding("nf4", 16)])
 def test_act_order_keeps_masks_and_loses_less_than_rounding(encoding):
     W, H = problem(8, n=30)
     mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) > 0.4
@@ -271,6 +288,8 @@ def test_options_of_gptq_change_what_they_name():
     assert torch.equal(plain, codes(error_propagation=0.5))
     assert not torch.equal(plain, codes(error_propagation=0.0))
     assert not torch.equal(plain, codes(act_order=True))
+    assert not torch.equal(plain, codes(static_groups=True))
+    assert torch.equal(codes(act_order=True), codes(act_order=True, static_groups=True))
     assert not torch.equal(plain, codes(refinement=1))
     for refused in ({"error_propagation": 1.5}, {"error_propagation": float("nan")}):
         with pytest.raises(ValidationError):

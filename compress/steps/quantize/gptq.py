@@ -36,9 +36,11 @@ CARRIED = 28  # tokens per channel that the unquantized model reads: fewer blur 
 class Gptq(WeightQuantization):
     """Hessian-based rounding on calibration data; each linear is fed by the quantized ones before it.
 
-    dampening: λ as a fraction of the mean diagonal of the Hessian. range: as in quantize.rtn, weighted by
-    the Hessian's diagonal under "mse". act_order: round the channels of largest second moment first, which fits all
-    scales beforehand (static groups). error_propagation: the share of what earlier rounding did to the inputs that
+    dampening: λ as a fraction of the mean diagonal of the Hessian. range: "minmax" or "mse" as in quantize.rtn,
+    weighted by the Hessian's diagonal under "mse". static_groups: fit all scales beforehand, on weights that no
+    rounding has changed yet, not each when its group is reached. act_order: round the channels of largest second
+    moment first, always with static groups, since groups of reordered channels are none that a runtime of ours reads.
+    error_propagation: the share of what earlier rounding did to the inputs that
     each linear makes up for (QEP, Arai & Ichikawa 2025, arXiv:2504.09629), save those that read the MLP's inner
     channels; above 0 a second pass carries the inputs of the unquantized model along, over the first batches of the
     calibration data (28 tokens per channel of the widest of these inputs, or all), and 0 is plain GPTQ.
@@ -56,6 +58,7 @@ class Gptq(WeightQuantization):
 
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
     range: Literal["minmax", "mse"] = "mse"
+    static_groups: bool = False
     act_order: bool = False
     error_propagation: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
     refinement: int = Field(0, ge=0)
@@ -113,7 +116,7 @@ class Gptq(WeightQuantization):
         from compress.numerics.hessian import Hessian
         from compress.numerics.products import working_type
 
-        norm, search = model.module.get_submodule(model.facts.architecture.final_norm), self.range == "mse"
+        norm = model.module.get_submodule(model.facts.architecture.final_norm)
         W = model.parameter(tensor).detach()
         hessian = Hessian(W.shape[1], tensor)
         with torch.inference_mode():
@@ -124,10 +127,7 @@ class Gptq(WeightQuantization):
         if model.facts.tied:
             H.diagonal().add_(READ_AS_IT_IS * float(H.diagonal().mean()))
         try:
-            parts = [
-                solve(rows, Moments(H), encoding, self.dampening, search, None, self.act_order, self.refinement)
-                for rows in torch.split(W, ROWS_AT_ONCE)
-            ]
+            parts = [self._solved(rows, Moments(H), encoding, None) for rows in torch.split(W, ROWS_AT_ONCE)]
         except NumericalError as error:
             raise NumericalError(f"{tensor}: {error}") from None
         model.store(tensor, join_rows(parts))
@@ -171,14 +171,15 @@ class Gptq(WeightQuantization):
                 kept = [model.masks.get(t, torch.ones_like(W, dtype=torch.bool)) for t, W in zip(tensors, weights)]
                 mask = torch.cat(kept)
             try:
-                W = torch.cat(weights)
-                solved = solve(
-                    W, moments, encoding, self.dampening, self.range == "mse", mask, self.act_order, self.refinement
-                )
+                solved = self._solved(torch.cat(weights), moments, encoding, mask)
             except NumericalError as error:
                 raise NumericalError(f"{tensors[0]}: {error}") from None
             for t, part in zip(tensors, _split_rows(solved, [len(W) for W in weights])):
                 model.store(t, part)
+
+    def _solved(self, W: Tensor, moments: Moments, encoding: Encoding, mask: Tensor | None) -> EncodedTensor:
+        search, ordered, static = self.range == "mse", self.act_order, self.static_groups
+        return solve(W, moments, encoding, self.dampening, search, mask, ordered, self.refinement, static)
 
 
 class Moments(NamedTuple):
@@ -203,12 +204,13 @@ def solve(
     mask: Tensor | None = None,
     act_order: bool = False,
     refinement: int = 0,
+    static_groups: bool = False,
 ) -> EncodedTensor:
     """Codes of W (n, m) that keep W·X; Algorithm 1 with groups, then `refinement` passes over the whole row.
 
     mask: (n, m) bool, True = kept: a pruned weight takes the code of zero and its error is carried on.
     Group scales are fitted when the group's first column is reached, on the weights as updated by then; under
-    act_order beforehand. Raises NumericalError for a non-finite or indefinite Hessian.
+    act_order or static_groups beforehand. Raises NumericalError for a non-finite or indefinite Hessian.
     """
     import torch
 
@@ -216,7 +218,7 @@ def solve(
     from compress.numerics.sweep import runs, sweep
 
     n, m = W.shape
-    size = m // encoding.groups(m)
+    size, static = m // encoding.groups(m), act_order or static_groups
     dead = moments.H.diagonal() == 0
     H = _revived(moments.H)
     back = torch.arange(m)
@@ -233,14 +235,14 @@ def solve(
         del seen
     kept = None if mask is None else mask.T[order]
     grids = _Grids(encoding, H.diagonal(), search, size)
-    if act_order:
+    if static:
         back = torch.argsort(order)
         grids.fit_all((W if kept is None else W * kept.T)[:, back])
     codes = torch.empty(m, n, dtype=torch.int8 if encoding.signed else torch.uint8)
     channels, places = order.tolist(), codes.view(m, n, 1, 1).unbind()
 
     def begin(start: int, columns: Tensor) -> None:
-        if not act_order:  # a run is a group
+        if not static:  # a run is a group
             grids.fit(columns if kept is None else columns * kept[start : start + size], start)
 
     def visit(j: int, column: Tensor) -> Tensor:
@@ -252,7 +254,7 @@ def solve(
         places[channel].copy_(code)
         return grid.decode(code).view(n)
 
-    sweep(W, R, runs(m) if act_order else runs(m, size), begin, visit)
+    sweep(W, R, runs(m) if static else runs(m, size), begin, visit)
     found = EncodedTensor(encoding, codes.T.contiguous(), *grids.joined())
     if refinement:
         H = H.clone()
