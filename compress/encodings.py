@@ -88,6 +88,11 @@ class Encoding:
         return self.name != "iq4_nl" and not self.is_block
 
     @property
+    def has_float_scales(self) -> bool:
+        """Whether codes are multiplied by float16 scales, which training can refine."""
+        return self.is_affine or self.name in ("nf4", "iq4_nl")
+
+    @property
     def signed(self) -> bool:
         """Whether codes are int8; otherwise they are uint8."""
         return self.is_affine and self.symmetric

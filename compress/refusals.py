@@ -33,6 +33,7 @@ def check(recipe: Recipe, facts: Facts) -> list[str]:
         _check_streaming(recipe, facts)
     _check_measurements(recipe, facts)
     _check_rounded_once(recipe, shapes)
+    _check_cached_once(recipe)
     _check_refined(recipe, shapes)
     _check_exports(recipe, shapes)
     return [*_loosened(recipe), *_ungated(recipe)]
@@ -107,6 +108,8 @@ def _check_step(recipe: Recipe, facts: Facts, path: tuple[str | int, ...], step:
         raise _refusal(recipe, path, message)
     try:
         step.check(facts)
+        if step.packs and not step.refines and not step.encodings(facts):
+            raise RecipeError("stores no matrix in an encoding, so that nothing would change; leave the step out")
         for name, encodings in step.possible(facts).items():
             for encoding in encodings:
                 encoding.groups(facts.matrices[name][1])
@@ -171,18 +174,31 @@ def _check_rounded_once(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> No
             coded |= {name: i for name, e in _encodings(step, shapes[i]).items() if e.is_coded}
 
 
-def _check_refined(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
-    """What refines codes needs some, whichever attempts are accepted before it."""
+def _check_cached_once(recipe: Recipe) -> None:
+    """One type of keys and one of values are all that a cache has."""
+    for i, entry in enumerate(recipe.steps):
+        for path, step in _attempts(entry, i):
+            earlier = (k for k, e in enumerate(recipe.steps[:i]) if any(attempt.cache() for attempt in e.attempts))
+            if step.cache() and (k := next(earlier, None)) is not None:
+                raise _refusal(recipe, path, f"steps[{k}] rounds keys and values already; leave one of the two out")
 
-    def stores(entry: StepEntry, facts: Sequence[Facts]) -> bool:
-        return all(any(e.is_coded for e in _encodings(step, facts).values()) for step in entry.attempts)
+
+def _check_refined(recipe: Recipe, shapes: Sequence[Sequence[Facts]]) -> None:
+    """What refines codes needs linears of the blocks with float16 scales, whichever attempts are accepted before it."""
+
+    def refinable(step: Step, facts: Facts) -> bool:
+        stored = step.encodings(facts)
+        return any(f"{n}.weight" in stored and stored[f"{n}.weight"].has_float_scales for n in facts.linears)
+
+    def stores(entry: StepEntry, shapes: Sequence[Facts]) -> bool:
+        return all(refinable(step, facts) for step in entry.attempts for facts in shapes)
 
     for i, entry in enumerate(recipe.steps):
         stored = any(stores(*pair) for pair in zip(recipe.steps[:i], shapes))
         for path, step in _attempts(entry, i):
             if step.refines and not stored:
-                message = "refines weights stored in codes, and no earlier step stores some in every attempt"
-                raise _refusal(recipe, path, f"{message}; quantize before it")
+                message = "refines weights stored in codes, and no earlier step stores linears with float16 scales"
+                raise _refusal(recipe, path, f"{message} in every attempt; quantize before it, to int4 for example")
 
 
 def _check_margins(recipe: Recipe, i: int, entry: StepEntry) -> None:
@@ -209,8 +225,9 @@ def _check_streaming(recipe: Recipe, facts: Facts) -> None:
     for i, entry in enumerate(recipe.steps):
         for path, step in _attempts(entry, i):
             if not step.streams:
-                message = "streaming: this step needs the whole model in memory; the steps quantize.rtn, gptq, awq, hqq"
-                raise _refusal(recipe, path, f"{message}, smoothquant and cast do not")
+                others = ", ".join(name for name in plugin.names("step") if plugin.step(name).streams)
+                message = f"streaming: this step needs the whole model in memory; these do not: {others}"
+                raise _refusal(recipe, path, message)
     for i, export in enumerate(recipe.export):
         if not export.exporter.streams:
             message = "streaming: this format is written from the whole model in memory; export to gguf"

@@ -227,6 +227,54 @@ def test_scales_are_refined_only_where_codes_are_stored() -> None:
     assert refusals.check(recipe(loose + scales), SMOL) == []
 
 
+@pytest.mark.parametrize("refining", ["quantize.scales: {tokens: 1024}", "distill.qat: {tokens: 1024}"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "rtn: {encoding: mxfp4}",
+        'rtn: {keep: {"*": fp16}}',
+        "rtn: {layers: []}",
+        "ggml: {type: q4_1}",
+        "hqq: {encoding: q5_1}",
+        'gptq: {encoding: mxfp4, keep: {model.embed_tokens: int4, "*.down_proj": fp32}}',
+    ],
+)
+def test_scales_are_refined_only_where_linears_have_float16_ones(fields: str, refining: str) -> None:
+    message = refusal(recipe(f"  - quantize.{fields}\n  - {refining}\n"))
+    assert message.startswith(f"recipe.yaml:10:5  steps[1] {refining.split(':')[0]}: refines weights stored in codes")
+    assert "no earlier step stores linears with float16 scales in every attempt; quantize before it" in message
+    sound = ["ggml: {type: q4_0}", "rtn: {encoding: iq4_nl}", 'rtn: {encoding: mxfp4, keep: {"*.down_proj": nf4}}']
+    for other in sound:
+        assert refusals.check(recipe(f"  - quantize.{other}\n  - {refining}\n"), SMOL) == []
+
+
+def test_a_cache_is_rounded_once() -> None:
+    cache = "  - quantize.kv_cache: {keys: int4}\n"
+    message = refusal(recipe(f"{cache}  - quantize.rtn: {{}}\n  - quantize.kv_cache: {{}}\n"))
+    assert message.startswith("recipe.yaml:11:5  steps[2] quantize.kv_cache: steps[0] rounds keys and values already")
+    either = "  - quantize.rtn: {}\n    otherwise:\n      - quantize.kv_cache: {}\n"
+    assert "steps[0] rounds keys and values already" in refusal(recipe(f"{either}{cache}"))
+    # alternatives start from the same parent: they do not follow one another
+    alone = f"{cache}    otherwise:\n      - quantize.kv_cache: {{}}\n"
+    assert refusals.check(recipe(alone), SMOL) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        'gptq: {keep: {"*": fp32}, embeddings: null}',
+        "rtn: {layers: [], embeddings: fp32}",
+        'ggml: {type: q4_0, keep: {"*": fp32}, embeddings: null}',
+    ],
+)
+def test_a_step_that_stores_nothing_is_refused(fields: str) -> None:
+    message = refusal(recipe(f"  - quantize.{fields}\n"))
+    name = fields.split(":")[0]
+    assert message.startswith(f"recipe.yaml:9:5  steps[0] quantize.{name}: stores no matrix in an encoding, so that")
+    some = fields.replace("embeddings: null", "embeddings: fp16").replace("embeddings: fp32", "embeddings: fp16")
+    assert refusals.check(recipe(f"  - quantize.{some}\n"), SMOL) == []
+
+
 def test_an_exporter_judges_the_architecture() -> None:
     odd = Facts.from_config(CONFIG | {"head_dim": 40})
     message = refusal(recipe("  - quantize.cast: {}\n", export="export:\n  - onnx: {}\n"), odd)
