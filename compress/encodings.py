@@ -119,7 +119,7 @@ class Encoding:
         """Number of groups per row; raises RecipeError where the group size does not divide."""
         size = GGML_BLOCKS[self.name][0] if self.is_block else self.group_size or in_features
         if in_features % size and self.is_block:
-            remedy = "use q4_0, q5_0, q8_0 or iq4_nl" if size > 32 else "use fp16"
+            remedy = "use q4_0, q5_0, q8_0 or iq4_nl, as the type or as its fallback" if size > 32 else "use fp16"
             raise RecipeError(f"{in_features} input channels are not a multiple of {self.name}'s {size}; {remedy}")
         if in_features % size and self.name in FIXED_GROUPS:
             raise RecipeError(

@@ -261,6 +261,12 @@ STREAM = HEAD.replace("data:", "streaming: true\ndata:", 1)
     "steps,export,reason",
     [
         ("  - prune.wanda: {sparsity: 0.2}\n", "", "steps[0] prune.wanda: streaming: this step needs the whole model"),
+        (
+            "  - quantize.mixed: {}\n",
+            "",
+            "these do not: quantize.awq, quantize.cast, quantize.gptq, quantize.hqq, "
+            "quantize.kv_cache, quantize.rtn, quantize.smoothquant",
+        ),
         ("  - quantize.rtn: {}\n", "export: [onnx: {}]\n", "export[0] onnx: streaming: this format is written from"),
         (
             "  - quantize.rtn: {}\n    gate: [{generation: {max_collapsed: 10%}}]\n",

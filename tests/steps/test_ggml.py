@@ -103,6 +103,8 @@ def test_what_the_blocks_do_not_fit_is_refused_with_a_remedy(tmp_path):
     facts = tiny_model().facts
     with pytest.raises(RecipeError, match=r"q_proj: 32 input channels are not a multiple of q4_k's 256; use q4_0"):
         step("quantize.ggml")().check(facts)
+    with pytest.raises(RecipeError, match=r"use q4_0, q5_0, q8_0 or iq4_nl, as the type or as its fallback"):
+        step("quantize.ggml")().check(facts)
     step("quantize.ggml")(type="q4_1").check(facts)
     with pytest.raises(RecipeError, match=r"'\*.none' matches no linear"):
         step("quantize.ggml")(type="q4_1", keep={"*.none": "q8_0"}).check(facts)

@@ -127,6 +127,7 @@ def test_possible_encodings_are_all_choices_and_the_planned_table_is_within_budg
         ({"target_bits": 3.9}, r"target_bits=3.9: all linears take 4.000 bits per weight in int3 and 9.000 in int8"),
         ({"target_bits": 9.0}, r"give a target between them, or other choices"),
         ({"choices": ["int4", "int4"]}, r"choices: int4, int4 names an encoding twice"),
+        ({"choices": ["int4", "nf4"]}, r"choices: int4, nf4 take 5.000 bits per weight alike, which leaves nothing to"),
         ({"group_size": 24}, r"32 input channels are not a multiple of group_size=24; use group_size=16"),
     ],
 )

@@ -89,6 +89,9 @@ class Mixed(Step):
             raise RecipeError("keep and layers leave no linear to choose for; leave it some, or use another step")
         ends = {choice: _bits(facts, self._all(facts, choice)) for choice in self.choices}
         small, large = min(ends, key=ends.__getitem__), max(ends, key=ends.__getitem__)
+        if ends[small] == ends[large]:
+            alike = f"{', '.join(self.choices)} take {ends[small]:.3f} bits per weight alike"
+            raise RecipeError(f"choices: {alike}, which leaves nothing to choose by; give some of other sizes")
         if not ends[small] <= self.target_bits < ends[large]:
             raise RecipeError(
                 f"target_bits={self.target_bits}: all linears take {ends[small]:.3f} bits per weight in {small} and "
