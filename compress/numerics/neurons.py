@@ -35,11 +35,16 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def highest_groups(scores: Tensor, groups: int, per_group: int) -> tuple[Tensor, Tensor]:
-    """Of scores (groups, heads per group): positions of the `groups` groups with the highest sum of squares, and of
+def together(parts: Tensor, adding: bool) -> Tensor:
+    """Worth (k,) of what consists of parts, by their scores (k, parts): the sum of those that add, else the 2-norm."""
+    return parts.sum(dim=1) if adding else parts.square().sum(dim=1).sqrt()
+
+
+def highest_groups(scores: Tensor, groups: int, per_group: int, adding: bool = False) -> tuple[Tensor, Tensor]:
+    """Of scores (groups, heads per group): positions of the `groups` groups that are worth most `together`, and of
     the `per_group` highest heads of each, counted over all groups; both ascending, and among equals the lower stay.
     """  # noqa: D205
-    rows = highest(scores.square().sum(dim=1), groups)
+    rows = highest(together(scores, adding), groups)
     columns = [highest(scores[row], per_group) + int(row) * scores.shape[1] for row in rows]
     return rows, torch.cat(columns)
 

@@ -14,6 +14,7 @@ from compress.numerics.neurons import (
     fisher_channel_scores,
     highest,
     highest_groups,
+    together,
     wanda_channel_scores,
 )
 
@@ -104,6 +105,14 @@ def test_groups_are_chosen_whole_and_heads_within_them(groups, per_group, rows, 
     scores = torch.tensor([[3.0, 1.0, 4.0], [2.0, 1.0, 1.0], [5.0, 1.0, 6.0]])
     found = highest_groups(scores, groups, per_group)
     assert [f.tolist() for f in found] == [rows, heads]
+
+
+def test_scores_that_add_are_summed_and_norms_are_joined_by_their_squares():
+    scores = torch.tensor([[3.0, 4.0], [0.0, 6.0], [1.0, 1.0]])
+    assert together(scores, False).tolist() == [5.0, 6.0, pytest.approx(2**0.5)]
+    assert together(scores, True).tolist() == [7.0, 6.0, 2.0]
+    assert [f.tolist() for f in highest_groups(scores, 1, 1, adding=True)] == [[0], [1]]
+    assert [f.tolist() for f in highest_groups(scores, 1, 1)] == [[1], [3]]
 
 
 def test_wanda_channel_scores_are_sums_of_its_scores():

@@ -13,7 +13,7 @@ from compress.plugin import step
 from compress.steps.prune import _fisher
 from compress.steps.prune._depth import by_divergence
 from compress.steps.prune._fisher import output_fisher
-from compress.steps.prune._removal import SHIFT, moments, random_windows
+from compress.steps.prune._removal import SHIFT, moments, random_windows, summed
 from compress.steps.prune._taylor import taylor_scores
 from tests.steps.test_prune import nll, real_windows
 from tests.steps.test_rarity import reads_rare_tokens
@@ -144,6 +144,19 @@ def test_pruning_twice_goes_on_from_the_smaller_model():
     model = reshaped("prune.heads", {"queries": 2})
     check_shapes(reshaped("prune.heads", {"groups": 1}, model))
     assert (model.facts.heads, model.facts.kv_heads, model.facts.head_size) == (1, 1, HEAD)
+
+
+@pytest.mark.parametrize(("criterion", "left"), [("wanda", 0), ("activation", 1)])
+def test_a_group_of_two_middling_heads_beats_one_strong_head_where_scores_add(criterion, left):
+    """Heads worth 3, 4 and 0, 6: the sums are 7 and 6, the sums of squares 25 and 36."""
+    model = tiny_model()
+    heads = step("prune.heads")(groups=1, criterion=criterion)
+    block, name, (H, _) = next(summed(model, Context(seed=0, calibration=windows()), heads, "self_attn.o_proj"))
+    weight = block.linears[name].weight.data
+    weight *= (torch.tensor([3.0, 4.0, 0.0, 6.0]) / heads.scores(weight, H, None, HEAD)).repeat_interleave(HEAD)
+    rows = model.parameter("model.layers.0.self_attn.q_proj.weight").view(2, 2 * HEAD, -1)[left]
+    heads.apply(model, Context(seed=0, calibration=windows()))
+    assert torch.equal(model.parameter("model.layers.0.self_attn.q_proj.weight"), rows)
 
 
 def after_backward(model: Model, linear: str, window: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

@@ -54,6 +54,11 @@ class Removal(Step):
     random_tokens: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     inverse_frequency: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
 
+    @property
+    def adding(self) -> bool:
+        """Whether scores by this criterion add; others are norms, of which the squares do."""
+        return self.criterion in ("wanda", "taylor")
+
     def gradient_bytes(self, facts: Facts) -> int:
         """Of every block, second moments of W's output (`fisher`), or scores, at most of each channel (`taylor`)."""
         kept = {"fisher": facts.sizes["residual"] ** 2, "taylor": facts.sizes["mlp"]}
@@ -68,14 +73,15 @@ class Removal(Step):
 
     def scores(self, W: Tensor, H: Tensor, felt: Tensor | None, size: int = 1) -> Tensor:
         """Worth of each run of `size` neighbouring channels, (m / size,). W: (n, m). H: (m, m). felt: of `felt`."""
-        from compress.numerics.neurons import channel_scores, fisher_channel_scores, wanda_channel_scores
+        from compress.numerics.neurons import channel_scores, fisher_channel_scores, together, wanda_channel_scores
 
         if self.criterion == "taylor" and felt is not None:
             return felt
         if self.criterion == "wanda":
-            return wanda_channel_scores(W, H).view(-1, size).sum(dim=1)
-        single = channel_scores(W, H) if felt is None else fisher_channel_scores(W, H, felt)
-        return single.square().view(-1, size).sum(dim=1).sqrt()
+            single = wanda_channel_scores(W, H)
+        else:
+            single = channel_scores(W, H) if felt is None else fisher_channel_scores(W, H, felt)
+        return together(single.view(-1, size), self.adding)
 
     def felt(self, model: Model, context: Context, linear: str, size: int = 1) -> Sequence[Tensor | None]:
         """What the criterion takes from gradients, per block: Taylor scores, G of `fisher`, or None."""

@@ -28,11 +28,12 @@ class Heads(Removal):
     The same number goes in every block, and every group that is left keeps equally many query heads, as grouped-query
     attention and the formats need (Ainslie et al. 2023, arXiv:2305.13245). The output projection (o_proj) reads the
     heads: `criterion`, `update` and what follows speak of it; a head's worth is that of its channels together, a
-    group's that of its query heads. Blocks are cut in order, each fed by the smaller ones before it.
+    group's that of its query heads: sums by `wanda` and `taylor`, whose scores add, else roots of summed squares.
+    Blocks are cut in order, each fed by the smaller ones before it.
     """
 
     name: ClassVar[str] = "prune.heads"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     groups: int = Field(0, ge=0)
     queries: int = Field(0, ge=0)
@@ -113,7 +114,8 @@ class Heads(Removal):
 
         tensor, W = f"{name}.weight", block.linears[name].weight.detach()
         worth = require_finite(self.scores(W, sums[0], felt, before.head_size), tensor, self.name)
-        kv, q = highest_groups(worth.view(before.kv_heads, -1), after.kv_heads, after.heads // after.kv_heads)
+        per_group = after.heads // after.kv_heads
+        kv, q = highest_groups(worth.view(before.kv_heads, -1), after.kv_heads, per_group, self.adding)
         kept = with_neighbours(q, before.head_size)
         V = W[:, kept] if self.update == "none" else refit(self.name, tensor, W, sums, kept, self.ridge)
         select_axis(before, block.module, {"q": kept, "kv": with_neighbours(kv, before.head_size)})
