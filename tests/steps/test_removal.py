@@ -76,6 +76,16 @@ def test_random_windows_follow_the_seed_and_hold_every_plain_token():
     assert random_windows(model, windows(40), 0.0, 0) == []
 
 
+@pytest.mark.parametrize(("count", "told"), [(4, True), (5, False)])
+def test_too_few_windows_for_random_tokens_are_told(count, told):
+    notes = []
+    chosen = step("prune.neurons")(fraction=0.5)
+    chosen.apply(tiny_model(), Context(seed=0, calibration=windows(count), notes=notes))
+    said = "prune.neurons: without random tokens, as 0.125 of 4 windows is no more than half a one"
+    assert (said in notes) == told and len(notes) == 1 + told
+    assert len(random_windows(tiny_model(), windows(count), 0.125, 0)) == 1 - told
+
+
 def test_random_tokens_are_drawn_by_zipfs_law():
     model, law = tiny_model(), 1 / (torch.arange(256.0) + SHIFT)
     drawn = torch.cat(random_windows(model, windows(2000), 1.0, 0))

@@ -39,8 +39,8 @@ class Removal(Step):
     to that of the model before this step (`stream`), which also makes up for what earlier blocks have lost.
     ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
     random_tokens: windows of tokens drawn from the whole vocabulary by Zipf's law join the calibration, so many per
-    token of it, so that channels count which answer to what its texts lack. Gradients are of the calibration alone, for
-    `fisher` of its first 28 tokens per output of W.
+    token of it to the nearest whole window, so that channels count which answer to what its texts lack. Gradients are
+    of the calibration alone, for `fisher` of its first 28 tokens per output of W.
     inverse_frequency: a token that is n times in the calibration counts (1 + n)^−p in ‖X_j‖₂ and in least squares, at 0
     all alike; gradients are not weighed. Mikolov et al. 2013, arXiv:1310.4546, leave frequent words out to the power ½.
     """
@@ -147,6 +147,9 @@ def summed(model: Model, context: Context, step: Removal, reader: str) -> Iterat
     from compress.steps.prune._structure import twin_of
 
     drawn = random_windows(model, context.calibration, step.random_tokens, context.seed)
+    if step.random_tokens and not drawn:
+        few = f"{step.random_tokens} of {len(context.calibration)} windows is no more than half a one"
+        context.notes.append(f"{step.name}: without random tokens, as {few}")
     counts, windows = rarity(context.calibration, drawn, step.inverse_frequency), [*context.calibration, *drawn]
     twins = walk(twin_of(model), windows) if step.update == "stream" else None
     for block in walk(model, windows, context.progress):
