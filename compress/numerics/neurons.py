@@ -58,10 +58,18 @@ def with_neighbours(positions: Tensor, size: int) -> Tensor:
     return (positions.unsqueeze(1) * size + torch.arange(size)).flatten()
 
 
-def compensated(W: Tensor, H: Tensor, kept: Tensor, ridge: float, missing: Tensor | None = None) -> Tensor:
+def with_constant(X: Tensor) -> Tensor:
+    """Tokens of X (tokens, m) with a channel more, 1 at each of them, whose weights are a bias: (tokens, m + 1)."""
+    return torch.cat([X, X.new_ones(len(X), 1)], dim=1)
+
+
+def compensated(
+    W: Tensor, H: Tensor, kept: Tensor, ridge: float, missing: Tensor | None = None, constant: int = 0
+) -> Tensor:
     """Weights V (n, k) of the kept channels that come nearest to W·X + D: a ridge regression towards W itself.
 
-    missing: (n, m) D Xᵀ, with D what the outputs lack besides; nothing by default.
+    missing: (n, m) D Xᵀ, with D what the outputs lack besides; nothing by default. constant: how many of the last
+    channels are constant, all of them kept: no ridge holds their weights, a bias, and λ leaves their moments out.
     V = argmin ‖W X + D − V X_K‖² + λ‖V − W_K‖² = W_K + (W_P H_PK + D X_Kᵀ) (H_KK + λI)⁻¹, with P the removed channels
     and λ = ridge · mean(diag H). Raises NumericalError where H_KK + λI is not positive definite.
     """
@@ -72,7 +80,7 @@ def compensated(W: Tensor, H: Tensor, kept: Tensor, ridge: float, missing: Tenso
     if missing is not None:
         lacking += missing[:, kept].double()
     damped = H[kept][:, kept]
-    damped.diagonal().add_(ridge * float(H.diagonal().mean()))
+    damped.diagonal()[: len(kept) - constant].add_(ridge * float(H.diagonal()[: len(H) - constant].mean()))
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise NumericalError(f"H + λI is not positive definite (ridge={ridge}); raise ridge")

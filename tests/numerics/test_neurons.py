@@ -16,6 +16,7 @@ from compress.numerics.neurons import (
     highest_groups,
     together,
     wanda_channel_scores,
+    with_constant,
 )
 
 
@@ -89,6 +90,47 @@ def test_what_the_outputs_lack_besides_is_fitted_too(seed, count):
     b = torch.cat([missing, torch.zeros(count, 6, dtype=torch.float64)])
     expected = W[:, kept].double() + torch.linalg.lstsq(A, b).solution.T
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # as above
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 20), st.booleans(), st.sampled_from([0.01, 0.5]))
+def test_a_bias_is_the_intercept_of_the_ridge_regression(seed, count, lacks, ridge):
+    """Plain weighted least squares in float64: rows times the roots of their weights, no penalty on the intercept."""
+    W, X = problem(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    X = X + 3 * torch.randn(20, generator=generator)  # channels with means
+    bias, root = torch.randn(6, generator=generator), torch.rand(len(X), 1, generator=generator) + 0.1
+    lacking = torch.randn(len(X), 6, generator=generator) + 2 if lacks else torch.zeros(len(X), 6)
+    kept = torch.randperm(20, generator=generator)[:count].sort().values
+    full = with_constant(X) * root
+    sums = full.T @ full, (lacking * root).T @ full if lacks else None
+    left = torch.cat([kept, torch.tensor([20])])
+    found = compensated(torch.cat([W, bias[:, None]], 1), sums[0], left, ridge, sums[1], constant=1).double()
+
+    penalty = (ridge * float((X * root).double().square().sum(dim=0).mean())) ** 0.5
+    wanted = (X.double() @ W.double().T + bias + lacking) * root
+    A = torch.cat([X[:, kept], torch.ones(len(X), 1)], 1).double() * root
+    b = wanted - A[:, :-1] @ W[:, kept].double().T
+    A = torch.cat([A, torch.cat([penalty * torch.eye(count), torch.zeros(count, 1)], 1)])
+    expected = torch.linalg.lstsq(A, torch.cat([b, torch.zeros(count, 6)])).solution.T
+    expected[:, :-1] += W[:, kept]
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=5e-3)  # as above, of larger sums
+
+
+def test_nothing_removed_leaves_the_bias_too():
+    W, X = problem(3)
+    whole = torch.cat([W, torch.randn(6, 1)], 1)
+    H = with_constant(X).T @ with_constant(X)
+    assert torch.equal(compensated(whole, H, torch.arange(21), 0.01, constant=1), whole)
+
+
+def test_the_mean_of_removed_channels_that_nothing_else_tells_goes_into_the_bias():
+    W, X = problem(5)
+    X = X - X.mean(dim=0)
+    X[:, 0] = 2.0
+    H = with_constant(X).T @ with_constant(X)
+    found = compensated(torch.cat([W, torch.zeros(6, 1)], 1), H, torch.arange(1, 21), 0.1, constant=1)
+    torch.testing.assert_close(found, torch.cat([W[:, 1:], 2 * W[:, :1]], 1), rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_removed_and_nothing_lacking_is_the_identity():

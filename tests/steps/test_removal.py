@@ -18,7 +18,7 @@ from compress.steps.prune._taylor import taylor_scores
 from tests.steps.test_prune import nll, real_windows
 from tests.steps.test_rarity import reads_rare_tokens
 from tests.steps.test_structure import WINDOW, check_shapes, logits, reshaped, tiny_copy, windows
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_of
 
 HEAD = 8  # channels of one head of the tiny model: 4 query heads share 2 key/value heads
 UPDATES = ("none", "output", "stream")
@@ -63,6 +63,26 @@ def test_a_token_counts_by_the_size_of_the_stream_it_is_added_to(reader):
             lacking += torch.outer(z - y, x) / z.square().mean()
     for found, expected in ((H, plain), (G, shifted), (missing, lacking)):
         assert (found.double() - expected).norm() < 1e-6 * expected.norm()  # sums of float32
+
+
+@pytest.mark.parametrize("update", ["output", "stream"])
+@pytest.mark.parametrize(
+    ("kind", "name", "fields", "makers"),
+    [
+        ("gpt2", "prune.neurons", {"fraction": 0.5}, [("mlp.c_fc", range(0, 64, 2))]),
+        ("llama", "prune.neurons", {"fraction": 0.5}, [(f"mlp.{n}_proj", range(0, 64, 2)) for n in ("gate", "up")]),
+        ("llama", "prune.heads", {"groups": 1}, [("self_attn.v_proj", range(16))]),
+    ],
+)
+def test_what_constant_channels_add_goes_into_the_bias_of_their_reader(kind, name, fields, makers, update):
+    model = tiny_of(kind, attention_bias=True, mlp_bias=True) if kind == "llama" else tiny_of(kind)
+    for block in model.module.get_submodule(model.facts.architecture.blocks):
+        for maker, channels in makers:
+            linear = block.get_submodule(maker)
+            linear.weight.data[list(channels)], linear.bias.data[list(channels)] = 0.0, 0.2
+    expected = logits(model)
+    reshaped(name, {**fields, "update": update, "criterion": "activation"}, model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-3)  # bfloat16 products of constants
 
 
 def test_random_windows_follow_the_seed_and_hold_every_plain_token():

@@ -12,7 +12,7 @@ from compress.interfaces import Context, Step
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from compress.architectures import Facts
     from compress.blocks import Block
@@ -34,9 +34,9 @@ class Removal(Step):
     divided by the size of the residual stream that it is added to: `activation` ‖W_:j‖₂ · ‖X_j‖₂, `wanda`
     Σ_i |W_ij| · ‖X_j‖₂, `fisher` √(W_:jᵀ G W_:j) · ‖X_j‖₂ with G the mean of g gᵀ / ‖g‖² over tokens and g the
     loss's gradient by W's output, or `taylor` Σ_t |x_tj ∂L/∂x_tj|, whose inputs are taken as they are.
-    update: the reading linear's other weights are set by least squares, with a ridge towards their old values, to
-    come nearest to its own old output on the present inputs (`output`), or to what brings the residual stream back
-    to that of the model before this step (`stream`), which also makes up for what earlier blocks have lost.
+    update: the reading linear's other weights and its bias are set by least squares to come nearest to its own old
+    output on the present inputs (`output`), or to what brings the residual stream back to that of the model before this
+    step (`stream`), which also makes up for what earlier blocks have lost. A ridge holds the weights, not the bias.
     ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
     random_tokens: windows of tokens drawn from the whole vocabulary by Zipf's law join the calibration, so many per
     token of it to the nearest whole window, so that channels count which answer to what its texts lack. Gradients are
@@ -72,11 +72,12 @@ class Removal(Step):
             refuse_post_norms(facts, self.name)
 
     def scores(self, W: Tensor, H: Tensor, felt: Tensor | None, size: int = 1) -> Tensor:
-        """Worth of each run of `size` neighbouring channels, (m / size,). W: (n, m). H: (m, m). felt: of `felt`."""
+        """Worth of each `size` neighbouring channels, (m / size,). W: (n, m). H: of `moments`. felt: of `felt`."""
         from compress.numerics.neurons import channel_scores, fisher_channel_scores, together, wanda_channel_scores
 
         if self.criterion == "taylor" and felt is not None:
             return felt
+        H = H[: W.shape[1], : W.shape[1]]  # without a constant channel
         if self.criterion == "wanda":
             single = wanda_channel_scores(W, H)
         else:
@@ -95,18 +96,28 @@ class Removal(Step):
         return [None] * model.facts.layers
 
 
-def refit(step: str, tensor: str, W: Tensor, sums: Sums, kept: Tensor, ridge: float) -> Tensor:
-    """Weights (n, k) of the kept channels by least squares.
+def refit(step: str, name: str, linear: nn.Linear, sums: Sums, kept: Tensor, ridge: float) -> None:
+    """Write into a linear, at full width still, what least squares give its kept input channels (k,), and its bias.
 
-    Raises NumericalError naming the tensor.
+    sums: of its inputs; where it has a bias, with a constant channel behind them. Raises NumericalError naming it.
     """
+    import torch
+
     from compress.numerics.neurons import compensated
     from compress.steps.prune._record import require_finite
 
+    W, (H, missing), left = linear.weight.detach(), sums, kept
+    if constant := int(linear.bias is not None):
+        left = torch.cat([kept, torch.tensor([W.shape[1]])])
+        W = torch.cat([W, linear.bias.detach()[:, None]], dim=1)
+    H = H[: W.shape[1], : W.shape[1]]
     try:
-        return require_finite(compensated(W, sums[0], kept, ridge, sums[1]), tensor, step)
+        V = require_finite(compensated(W, H, left, ridge, missing, constant), f"{name}.weight", step)
     except NumericalError as error:
-        raise NumericalError(f"{tensor}: {error}") from None
+        raise NumericalError(f"{name}.weight: {error}") from None
+    linear.weight.data[:, kept] = V[:, : len(kept)]
+    if constant:
+        linear.bias.data.copy_(V[:, -1])
 
 
 def random_windows(model: Model, windows: Sequence[Tensor], share: float, seed: int) -> list[Tensor]:
@@ -163,16 +174,19 @@ def summed(model: Model, context: Context, step: Removal, reader: str) -> Iterat
 def moments(block: Block, reader: str, wanted: Iterable[Tensor] | None, counts: Tensor | None = None) -> Sums:
     """Σ x xᵀ (m, m) of a closing linear's inputs, and Σ d xᵀ (n, m), with d what the residual stream behind it lacks.
 
+    Where the linear has a bias, x has a constant channel behind its own, and m is one more.
     wanted: that stream as it should be, (tokens, n) per batch; None: nothing is lacking, as None says in turn.
     Each token counts by the inverse mean square of that stream: the norms that read it divide by its root, so that an
     error weighs by what it adds to the stream, and the few tokens of massive activations do not decide for all.
     counts: (tokens,), what each token counts besides.
     """
     from compress.numerics.hessian import Hessian
+    from compress.numerics.neurons import with_constant
 
     linear = block.linears[reader]
-    hessian = Hessian(linear.in_features, reader)
-    missing = None if wanted is None else linear.weight.new_zeros(linear.weight.shape)
+    biased = linear.bias is not None
+    hessian = Hessian(linear.in_features + biased, reader)
+    missing = None if wanted is None else linear.weight.new_zeros(linear.out_features, linear.in_features + biased)
     targets = None if wanted is None else iter(wanted)
     read = 0
     for X, _, after in block.around(reader):
@@ -181,7 +195,8 @@ def moments(block: Block, reader: str, wanted: Iterable[Tensor] | None, counts: 
         if counts is not None:
             size /= counts[read : read + len(X), None].sqrt()
             read += len(X)
-        hessian.add(X / size)
+        X = (with_constant(X) if biased else X) / size
+        hessian.add(X)
         if missing is not None:
-            missing.addmm_(((target - after) / size).T, X / size)
+            missing.addmm_(((target - after) / size).T, X)
     return hessian.matrix, missing

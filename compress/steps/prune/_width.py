@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress.blocks import Block, walk
 from compress.numerics.hessian import Hessian
-from compress.numerics.neurons import channel_scores
+from compress.numerics.neurons import channel_scores, with_constant
 from compress.steps.prune._structure import select_axis, select_channels
 
 if TYPE_CHECKING:
@@ -23,43 +23,39 @@ if TYPE_CHECKING:
 class Reading:
     """A norm of the residual stream and the linears that read it, over the calibration tokens.
 
-    free: the readers' weights may change (those of a head tied to the embedding may not). hessian: second moments of
-    the normed states. energy: (residual,) E[x_j² / mean(x²)] of the states before the norm.
+    free: the readers' weights may change (those of a head tied to the embedding may not). biased: some of them have a
+    bias. hessian: second moments of the normed states, where biased with a constant channel behind them. energy:
+    (residual,) E[x_j² / mean(x²)] of the states before the norm.
     """
 
     norm: str
     readers: tuple[str, ...]
     free: bool
+    biased: bool
     hessian: Hessian
     energy: Tensor
 
     def add(self, x: Tensor, normed: Tensor) -> None:
         """Tokens before and after the norm, (tokens, residual) each; `energy` is a sum until `readings` returns."""
-        self.hessian.add(normed)
+        self.hessian.add(with_constant(normed) if self.biased else normed)
         self.energy += (x.square() / x.square().mean(dim=1, keepdim=True)).sum(dim=0)
 
 
 @torch.inference_mode()
 def readings(model: Model, windows: Sequence[Tensor], progress: Progress) -> list[Reading]:
     """Every norm of the residual stream in order, the last one of the model included; the model as it is."""
-    arch, width = model.facts.architecture, model.facts.sizes["residual"]
+    arch = model.facts.architecture
     found: list[Reading] = []
     for block in walk(model, windows, progress):
+        prefix = f"{arch.blocks}.{block.index}"
         here = {
-            source: Reading(
-                f"{arch.blocks}.{block.index}.{source}",
-                tuple(f"{arch.blocks}.{block.index}.{name}" for name in readers),
-                True,
-                Hessian(width, f"{arch.blocks}.{block.index}.{source}"),
-                torch.zeros(width),
-            )
+            source: _reading(model, f"{prefix}.{source}", [f"{prefix}.{name}" for name in readers])
             for source, readers in arch.folds
             if source in arch.block_norms
         }
         left = _watch(block, here)
         found += here.values()
-    hessian = Hessian(width, arch.final_norm)
-    last = Reading(arch.final_norm, (arch.head,), not model.facts.tied, hessian, torch.zeros(width))
+    last = _reading(model, arch.final_norm, [arch.head], not model.facts.tied)
     norm = model.module.get_submodule(arch.final_norm)
     for states in left:
         last.add(states.flatten(0, -2), norm(states).flatten(0, -2).float())
@@ -67,6 +63,13 @@ def readings(model: Model, windows: Sequence[Tensor], progress: Progress) -> lis
     for reading in found:
         reading.energy /= reading.hessian.tokens
     return found
+
+
+def _reading(model: Model, norm: str, readers: Sequence[str], free: bool = True) -> Reading:
+    """One that has seen no token yet."""
+    width = model.facts.sizes["residual"]
+    biased = any(model.module.get_submodule(name).bias is not None for name in readers)
+    return Reading(norm, tuple(readers), free, biased, Hessian(width + biased, norm), torch.zeros(width))
 
 
 def _watch(block: Block, here: dict[str, Reading]) -> list[Tensor]:
@@ -86,9 +89,10 @@ def _watch(block: Block, here: dict[str, Reading]) -> list[Tensor]:
 
 def worth(model: Model, found: Sequence[Reading]) -> Tensor:
     """Per residual channel, the sum over norms of its share in what their readers take from the stream, (residual,)."""
-    total = torch.zeros(model.facts.sizes["residual"])
+    width = model.facts.sizes["residual"]
+    total = torch.zeros(width)
     for reading in found:
-        H = reading.hessian.matrix
+        H = reading.hessian.matrix[:width, :width]
         weights = [model.module.get_submodule(name).weight.detach() for name in reading.readers]
         scores = channel_scores(torch.cat(weights), H)
         total += scores / scores.sum()

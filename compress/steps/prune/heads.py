@@ -112,14 +112,15 @@ class Heads(Removal):
         from compress.steps.prune._removal import refit
         from compress.steps.prune._structure import select_axis
 
-        tensor, W = f"{name}.weight", block.linears[name].weight.detach()
-        worth = require_finite(self.scores(W, sums[0], felt, before.head_size), tensor, self.name)
+        linear = block.linears[name]
+        scores = self.scores(linear.weight.detach(), sums[0], felt, before.head_size)
+        worth = require_finite(scores, f"{name}.weight", self.name)
         per_group = after.heads // after.kv_heads
         kv, q = highest_groups(worth.view(before.kv_heads, -1), after.kv_heads, per_group, self.adding)
         kept = with_neighbours(q, before.head_size)
-        V = W[:, kept] if self.update == "none" else refit(self.name, tensor, W, sums, kept, self.ridge)
+        if self.update != "none":
+            refit(self.name, name, linear, sums, kept, self.ridge)
         select_axis(before, block.module, {"q": kept, "kv": with_neighbours(kv, before.head_size)})
-        block.linears[name].weight.data.copy_(V)
         part: Any  # transformers keeps the counts a second time
         for part in block.module.modules():
             if hasattr(part, "num_key_value_groups"):

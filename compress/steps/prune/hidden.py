@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from compress.errors import NumericalError, RecipeError
+from compress.errors import RecipeError
 from compress.interfaces import Context, Step
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ class Hidden(Step):
     A channel's worth is the sum over the norms of its share in ‖W_:j‖₂ · ‖X_j‖₂, with W the linears that read the
     norm's output X (for the last norm the head), measured on the model as it is. A norm over fewer channels divides by
     another root mean square: its gains are multiplied by the ratio of the two over the calibration tokens.
-    round_to: the width left is a multiple of it, rounded up. update: the reading linears' other weights are set by
-    least squares to come nearest to their old outputs, with a ridge towards their old values; a head tied to the
+    round_to: the width left is a multiple of it, rounded up. update: the reading linears' other weights and biases are
+    set by least squares to come nearest to their old outputs, with a ridge towards the old weights; a head tied to the
     embedding stays as it is. ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
     After the width pruning of Muralidharan et al. 2024, arXiv:2407.14679.
     """
 
     name: ClassVar[str] = "prune.hidden"
+    version: ClassVar[int] = 2
     reshapes: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 
@@ -95,15 +96,11 @@ class Hidden(Step):
 
     def _adapt(self, model: Model, reading: Reading, kept: Tensor) -> None:
         """Write, at full width still, what the kept channels of a norm and of its readers are to hold."""
-        from compress.numerics.neurons import compensated
+        from compress.steps.prune._removal import refit
 
         model.parameter(f"{reading.norm}.weight").data.mul_(reading.energy[kept].mean().sqrt())
         if not self.update or not reading.free:
             return
-        H = reading.hessian.matrix
+        sums = reading.hessian.matrix, None
         for name in reading.readers:
-            weight = model.parameter(f"{name}.weight")
-            try:
-                weight.data[:, kept] = compensated(weight.detach(), H, kept, self.ridge)
-            except NumericalError as error:
-                raise NumericalError(f"{name}.weight: {error}") from None
+            refit(self.name, name, model.module.get_submodule(name), sums, kept, self.ridge)

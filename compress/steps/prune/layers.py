@@ -24,12 +24,12 @@ class Layers(Step):
     any block goes (Men et al. 2024, arXiv:2403.03853, eq. 1); or `divergence`, the mean KL to the whole model's
     logits without the block, measured anew after each removal on the first `tokens` of the calibration. Among equals
     the later block goes.
-    update: with `stream`, the last linear of the block before each gap is set by least squares, with a ridge towards
-    its old values, to come nearest to the residual stream behind the gap. ridge: as in prune.neurons.
+    update: with `stream`, the last linear of the block before each gap is set by least squares, its bias included, to
+    come nearest to the residual stream behind the gap. ridge: towards its old weights, as in prune.neurons.
     """
 
     name: ClassVar[str] = "prune.layers"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     reshapes: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 
@@ -107,9 +107,8 @@ class Layers(Step):
                 continue
             name = f"{model.facts.architecture.blocks}.{block.index}.{reader}"
             sums = moments(block, name, (states.flatten(0, -2) for states in target.advance()))
-            weight = block.linears[name].weight
-            every = torch.arange(weight.shape[1])
-            weight.data.copy_(refit(self.name, f"{name}.weight", weight.detach(), sums, every, self.ridge))
+            linear = block.linears[name]
+            refit(self.name, name, linear, sums, torch.arange(linear.in_features), self.ridge)
         model.touch()
 
 

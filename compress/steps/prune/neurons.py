@@ -31,7 +31,7 @@ class Neurons(Removal):
     """
 
     name: ClassVar[str] = "prune.neurons"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
 
     criterion: Criterion = "fisher"
     ridge: float = Field(0.1, gt=0, lt=1, allow_inf_nan=False)
@@ -88,11 +88,12 @@ class Neurons(Removal):
         from compress.steps.prune._removal import refit
         from compress.steps.prune._structure import select_axis
 
-        tensor, W = f"{name}.weight", block.linears[name].weight.detach()
-        kept = highest(require_finite(self.scores(W, sums[0], felt), tensor, self.name), width)
-        V = W[:, kept] if self.update == "none" else refit(self.name, tensor, W, sums, kept, self.ridge)
+        linear = block.linears[name]
+        scores = self.scores(linear.weight.detach(), sums[0], felt)
+        kept = highest(require_finite(scores, f"{name}.weight", self.name), width)
+        if self.update != "none":
+            refit(self.name, name, linear, sums, kept, self.ridge)
         select_axis(model.facts, block.module, {"mlp": kept})
-        block.linears[name].weight.data.copy_(V)
         part: Any  # transformers keeps the width a second time
         for part in block.module.modules():
             if hasattr(part, "intermediate_size"):
