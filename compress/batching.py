@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
+Pair = tuple[list[int], list[int]]
 WASTE = 0.08  # of a batch's tokens that may be padding
 SPARE = 48  # tokens of padding that cost less than a pass of their own: each reads all weights once
 
@@ -67,3 +68,18 @@ def fitted(ids: Sequence[int], limit: int) -> list[int]:
     ([101, 7, 8, 102], [101, 7, 102])
     """
     return list(ids) if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+
+
+def alike(pairs: Sequence[Pair], most: int) -> list[list[Pair]]:
+    """Pairs of the same lengths together, at most so many: nothing is padded.
+
+    >>> alike([([1], [2]), ([3], [4, 5]), ([6], [7]), ([8], [9])], 2)
+    [[([1], [2]), ([6], [7])], [([3], [4, 5])], [([8], [9])]]
+    """
+    found: dict[tuple[int, int, int], list[Pair]] = {}
+    count: dict[tuple[int, int], int] = {}
+    for source, target in pairs:
+        shape = len(source), len(target)
+        count[shape] = count.get(shape, 0) + 1
+        found.setdefault((*shape, (count[shape] - 1) // most), []).append((source, target))
+    return list(found.values())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.batching import first_holding
+from compress.batching import alike, first_holding
 from compress.errors import NumericalError, RecipeError
 from compress.families import Stack
 from compress.machine import return_freed_memory
@@ -22,7 +22,6 @@ from compress.seq2seq import Seq2Seq
 
 Observer = Callable[[tuple[str, ...], Tensor], None]
 """Called with the linears that share an input, and that input: (tokens, in_features) float32."""
-Pair = tuple[list[int], list[int]]
 Feeds = list[dict[str, Tensor]]
 Half = Generator["Block", None, tuple[list[Tensor], list[Tensor]]]
 
@@ -298,7 +297,7 @@ def _walk_halves(
     originals: int,
 ) -> Iterator[Block]:
     """`walk` over the encoder, then over the decoder."""
-    batches = _alike([split(window.tolist(), model.start) for window in windows], windows_per_batch)
+    batches = alike([split(window.tolist(), model.start) for window in windows], windows_per_batch)
     reading, writing = model.facts.stacks
     total = reading.layers + writing.layers
 
@@ -373,17 +372,6 @@ def _enter_half(half: Any, feeds: Feeds) -> tuple[list[Tensor], list[Arguments],
         for hook in hooks:
             hook.remove()
     return states, *found
-
-
-def _alike(pairs: Sequence[Pair], most: int) -> list[list[Pair]]:
-    """Pairs of the same lengths together, at most so many: nothing is padded."""
-    found: dict[tuple[int, int, int], list[Pair]] = {}
-    count: dict[tuple[int, int], int] = {}
-    for source, target in pairs:
-        shape = len(source), len(target)
-        count[shape] = count.get(shape, 0) + 1
-        found.setdefault((*shape, (count[shape] - 1) // most), []).append((source, target))
-    return list(found.values())
 
 
 def _observe_originals(block: Block, untouched: Block) -> list[Tensor]:
