@@ -184,42 +184,53 @@ class Block:
     def around(self, name: str, last: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """A linear that ends a submodule: per batch its inputs, and the residual stream before and after it.
 
-        Yields (tokens, in_features), (tokens, width), (tokens, width), float32. last: the block will not be
-        changed before `advance`, which then answers from what was computed here.
+        Yields (tokens, in_features), (tokens, width), (tokens, width), float32: before a norm, if one reads the sum of
+        both. last: the block will not be changed before `advance`, which then answers from what was computed here.
         """
-        own = name.removeprefix(f"{self._prefix}.")
-        assert own in self._architecture.closing
-        # The stream before attention is known: nothing more need run.
-        early = own.startswith(f"{self._architecture.attention}.")
+        own, arch = name.removeprefix(f"{self._prefix}."), self._architecture
+        assert own in arch.closing or own in arch.sum_norms
+        # The stream before attention is known, and a norm is given its sum: nothing more need run.
+        early = not last if own in arch.sum_norms else own.startswith(f"{arch.attention}.")
         left = []
         for batch in range(len(self._states)):
-            X, product, out = self._caught_around(name, batch, early)
-            if own in self._architecture.post_norms:
-                norm = self.module.get_submodule(self._architecture.post_norms[own])
+            (X, product, *sums), out = self._caught_around(name, batch, early, arch.sum_norms.get(own))
+            after = sums[0] if sums else out
+            if own in arch.post_norms:
+                norm = self.module.get_submodule(arch.post_norms[own])
                 product = norm(product.to(working_type())).float()  # as the block rounds it, before and after
-            before = self._states[batch] if out is None else out - product
-            yield X, before.flatten(0, -2), (before + product if out is None else out).flatten(0, -2)
+            before = self._states[batch] if after is None else after - product
+            yield X, before.flatten(0, -2), (before + product if after is None else after).flatten(0, -2)
             left += [] if out is None else [out]
         self._left = left if last and not early else None
 
-    def _caught_around(self, name: str, batch: int, early: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs (tokens, in_features) and product of a linear on one batch; unless early, what leaves the block."""
+    def _caught_around(
+        self, name: str, batch: int, early: bool, norm: str | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Of a linear on one batch, inputs and product, and what the norm reads, if any; what leaves, unless early."""
         caught: list[Tensor] = []
 
-        def capture(_: nn.Module, inputs: tuple[Tensor, ...], product: Tensor) -> None:
-            caught.extend((inputs[0].flatten(0, -2).float(), product.float()))
-            if early:
+        def keep(*found: Tensor, stop: bool) -> None:
+            caught.extend(part.float() for part in found)
+            if stop:
                 raise _Captured
 
-        hook = self.linears[name].register_forward_hook(capture)
+        hooks = [
+            self.linears[name].register_forward_hook(
+                lambda _, inputs, product: keep(inputs[0].flatten(0, -2), product, stop=early and norm is None)
+            )
+        ]
+        if norm is not None:
+            reads = self.module.get_submodule(norm)
+            hooks.append(reads.register_forward_pre_hook(lambda _, inputs: keep(inputs[0], stop=early)))
         out = None
         try:
             out = self._run(batch)
         except _Captured:
             pass
         finally:
-            hook.remove()
-        return caught[0], caught[1], out
+            for hook in hooks:
+                hook.remove()
+        return caught, out
 
     @torch.inference_mode()
     def advance(self) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.architectures import classifies
 from compress.batching import batches, fitted
 from compress.errors import RecipeError
-from compress.families import SEQ2SEQ
+from compress.families import SEQ2SEQ, Encoder
 from compress.model import Model
 from compress.seq2seq import Seq2Seq
 
@@ -36,6 +36,20 @@ def model_of(
     if module.config.model_type in SEQ2SEQ:
         kind = Seq2Seq
     return kind(module, tokenizer, dtype, name, shelf=shelf)
+
+
+def texts_of(model: Model, windows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What losses are taken on, (tokens,) int64 each: the windows themselves, or of an encoder the texts packed there.
+
+    An encoder's head reads a text's first token, which few windows begin with.
+    """
+    first = model.tokenizer.cls_token_id
+    if not isinstance(model.facts.architecture, Encoder) or first is None:
+        return windows
+    stream = torch.cat(list(windows))
+    starts = (stream == first).nonzero().flatten()
+    texts = [text[: model.context_length] for text in torch.tensor_split(stream, starts) if len(text)]
+    return texts if len(starts) else windows
 
 
 class Classifier(Model):
@@ -71,6 +85,15 @@ class Classifier(Model):
             if self.recalled is not None:
                 self.recalled.put(window, found[i])
             yield found.pop(i)
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits (..., 1, classes) of a text's final states (..., tokens, width): of its first token or its last."""
+        arch = self.facts.architecture
+        if isinstance(arch, Encoder):
+            pooled = self.module.get_submodule(arch.pooler)(states[..., :1, :])
+            states = getattr(torch, arch.pooling.lower())(pooled)
+        logits: Tensor = self.module.get_submodule(arch.head)(states[..., -1:, :])
+        return logits
 
     def _rows(self, windows: Sequence[Sequence[int]]) -> list[Tensor]:
         """The row of each window, (1, classes); all run together."""

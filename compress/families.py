@@ -75,6 +75,7 @@ _KEYS = {
     "activation": "hidden_act",
     "epsilon": "rms_norm_eps",
 }
+_BERT_KEYS = {name: key for name, key in _KEYS.items() if name not in ("kv_heads", "head_size")}  # it has neither
 _GPT2_KEYS = {
     "layers": "n_layer",
     "residual": "n_embd",
@@ -132,6 +133,7 @@ class Architecture:
     attention: str  # submodule of a block that returns its output and its attention weights
     closing: frozenset[str]  # linears whose product is the output of the submodule that holds them
     post_norms: Mapping[str, str] = field(default_factory=dict)  # closing linear → norm before the stream takes it
+    sum_norms: Mapping[str, str] = field(default_factory=dict)  # closing linear → norm of its sum with the stream
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     positions: str | None = None  # a learned embedding of positions; None: rotary
@@ -241,12 +243,14 @@ def _bert_like(model_type: str, pooler: str, head: str, **differences: Any) -> E
         block_norms=("attention.output.LayerNorm", "output.LayerNorm"),
         attention=attention,
         closing=frozenset(),
+        sum_norms={out: "attention.output.LayerNorm", down: "output.LayerNorm"},
         blocks=f"{model_type}.encoder.layer",
         embedding=f"{model_type}.embeddings.word_embeddings",
         positions=f"{model_type}.embeddings.position_embeddings",
         final_norm=f"{model_type}.embeddings.LayerNorm",
         head=head,
         centred=True,
+        keys=_BERT_KEYS,
         defaults=_BERT_DEFAULTS,
         types=f"{model_type}.embeddings.token_type_embeddings",
         pooler=pooler,
@@ -277,6 +281,7 @@ _DISTILBERT = Encoder(
     block_norms=("sa_layer_norm", "output_layer_norm"),
     attention="attention",
     closing=frozenset(),
+    sum_norms={"attention.out_lin": "sa_layer_norm", "ffn.lin2": "output_layer_norm"},
     blocks="distilbert.transformer.layer",
     embedding="distilbert.embeddings.word_embeddings",
     positions="distilbert.embeddings.position_embeddings",

@@ -163,7 +163,7 @@ class Step(Plugin, ABC):
     refines: ClassVar[bool] = False  # changes what an earlier step has stored in codes, and can do nothing without
     reshapes: ClassVar[bool] = False  # leaves smaller tensors: no mask or code may stand for the old ones
     streams: ClassVar[bool] = False  # takes block by block, each once, so that a model larger than memory will do
-    classifiers: ClassVar[bool] = False  # takes encoders with a classification head, too
+    classifiers: ClassVar[bool] = False  # takes models with a classification head, too
     takes_pairs: ClassVar[bool] = False  # takes models that read one text and write another, too
     uses_calibration: ClassVar[bool] = False
     uses_selection: ClassVar[bool] = False

@@ -47,9 +47,8 @@ def tiny_classifier(kind: str = "bert", classes: int = 3, seed: int = 0, **optio
         shape["max_position_embeddings"] += 1
         module = RobertaForSequenceClassification(RobertaConfig(**{**wide, "intermediate_size": 64, **shape}))
     else:
-        module = DistilBertForSequenceClassification(
-            DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4, **shape)
-        )
+        small = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
+        module = DistilBertForSequenceClassification(DistilBertConfig(**{**small, **shape}))
     return Classifier(module, tokenizer(), name=f"tiny-{kind}")
 
 

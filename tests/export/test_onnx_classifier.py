@@ -14,15 +14,16 @@ import onnxruntime
 import pytest
 import torch
 
-from compress import measure, parity, provenance, run, ungated, verify
+from compress import measure, parity, plugin, provenance, run, ungated, verify
 from compress import recipe as recipes
 from compress.classifier import Classifier
 from compress.encodings import Encoding
 from compress.errors import Corrupt, RecipeError
 from compress.exporting import weights_exact
-from compress.interfaces import Documents
+from compress.interfaces import Context, Documents
 from compress.store import Store
 from export.onnx import Onnx
+from tests.test_classifier import windows
 from tests.tiny_classifier import KINDS, labelled, learned, saved, tiny_classifier, write_rows
 from tests.tiny_onnx import encode
 
@@ -138,6 +139,22 @@ def test_damaged_folders_are_refused(export: Any, tmp_path: Path) -> None:
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(Corrupt):
         Onnx().open(copied)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_smaller_encoder_is_written_exactly(kind: str, tmp_path: Path) -> None:
+    model = tiny_classifier(kind)
+    context = Context(seed=0, calibration=windows(model)[:20])
+    plugin.step("prune.layers")(count=1).apply(model, context)
+    plugin.step("prune.neurons")(fraction=0.5).apply(model, context)
+    plugin.step("quantize.rtn")(encoding="int8", group_size=16).apply(model, context)
+    assert (model.facts.layers, model.facts.sizes["mlp"]) == (1, 32)
+    PORTABLE.check(model.facts)
+    PORTABLE.write(model, tmp_path / "out")
+    assert weights_exact(model, PORTABLE, tmp_path / "out")
+    opened: Any = measure.open_model(str(tmp_path / "out"))
+    torch.testing.assert_close(rows(opened), rows(model), atol=1e-4, rtol=0)
+    opened.close()
 
 
 def test_what_it_does_not_write_is_refused_beforehand(tmp_path: Path) -> None:

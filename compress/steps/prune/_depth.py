@@ -56,13 +56,14 @@ def by_divergence(
 ) -> list[tuple[int, float]]:
     """Greedily, `count` times, the block whose removal leaves the smallest mean KL to the whole model's logits.
 
-    Returns their positions in the order in which they go, each with the KL in nats per token once it is gone. Among
-    equals the later block goes. windows: (length,) int64 each; the cost is half a forward pass per block and removal.
-    Raises NumericalError naming the first block without which the KL is not finite.
+    Returns their positions in the order in which they go, each with the KL in nats per token once it is gone, or of a
+    classifier per window. Among equals the later block goes. windows: (tokens,) int64 each; the cost is half a forward
+    pass per block and removal. Raises NumericalError naming the first block without which the KL is not finite.
     """
     blocks = list(model.module.get_submodule(model.facts.architecture.blocks))
     left = list(range(len(blocks)))
     gone: list[tuple[int, float]] = []
+    rows = len(windows) if model.labels else sum(map(len, windows))
     reference = [Stream(model, window).states(blocks)[-1] for window in windows]
     for _ in range(count):
         totals = [0.0] * len(left)
@@ -72,7 +73,7 @@ def by_divergence(
             wanted, entering = stream.logits(final), stream.states(there)
             for k in range(len(left)):
                 totals[k] += stream.divergence(wanted, stream.through(there[k + 1 :], entering[k]))
-        means = [total / sum(map(len, windows)) for total in totals]
+        means = [total / rows for total in totals]
         _require_finite(model, means, left)
         _, k = min((mean, -k) for k, mean in enumerate(means))
         gone.append((left.pop(-k), means[-k]))

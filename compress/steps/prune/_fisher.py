@@ -21,22 +21,27 @@ TOKENS_PER_CHANNEL = 28  # of the output: enough for its second moments
 
 
 def output_fisher(
-    model: Model, windows: Sequence[Tensor], linear: str, progress: Progress = lambda label, fraction: None
+    model: Model,
+    windows: Sequence[Tensor],
+    linear: str,
+    progress: Progress = lambda label, fraction: None,
+    seed: int = 0,
 ) -> list[Tensor]:
     """Mean of g gᵀ / ‖g‖² over tokens per block, (n, n) float32, with g the loss's gradient by the linear's output.
 
-    linear: its name within a block. windows: (length,) int64 each, of which the first are read, those that hold 28
-    tokens per channel of the output, or all. Without ‖g‖², and with targets drawn from the model instead of the texts'
-    own next tokens, these are the factors for outputs of Martens & Grosse 2015, arXiv:1503.05671; tokens count alike
-    here, as the few that the loss depends on most would decide for all. Raises NumericalError naming the block or the
-    linear where states or gradients are not finite, or where there are no gradients.
+    linear: its name within a block. windows: (tokens,) int64 each, of which the first are read, those that hold 28
+    tokens per channel of the output, or all. The loss, and seed, are those of `taylor_scores`. Without ‖g‖², and with
+    targets that are drawn from a language model, too, instead of its texts' own next tokens, these are the factors for
+    outputs of Martens & Grosse 2015, arXiv:1503.05671; tokens count alike here, as the few that the loss depends on
+    most would decide for all. Raises NumericalError naming the block or the linear where states or gradients are not
+    finite, or where there are no gradients.
     """
     blocks = model.module.get_submodule(model.facts.architecture.blocks)
     n = blocks[0].get_submodule(linear).out_features
     found = [torch.zeros(n, n) for _ in blocks]
     read = windows[: first_holding(TOKENS_PER_CHANNEL * n, map(len, windows))]
     tokens = sum(map(len, read))
-    with closing(gradients(model, read, linear, progress, of_output=True)) as passes:
+    with closing(gradients(model, read, linear, progress, seed, of_output=True)) as passes:
         for index, _, g in passes:
             size = g.norm(dim=1, keepdim=True)
             g = g / torch.where(size == 0, 1.0, size)

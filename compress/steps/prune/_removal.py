@@ -40,12 +40,14 @@ class Removal(Step):
     ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
     random_tokens: windows of tokens drawn from the whole vocabulary by Zipf's law join the calibration, so many per
     token of it to the nearest whole window, so that channels count which answer to what its texts lack. Gradients are
-    of the calibration alone, for `fisher` of its first 28 tokens per output of W.
+    of the calibration alone, for `fisher` of its first 28 tokens per output of W; the loss of a classifier is that of
+    classes drawn from its own probabilities.
     inverse_frequency: a token that is n times in the calibration counts (1 + n)^−p in ‖X_j‖₂ and in least squares, at 0
     all alike; gradients are not weighed. Mikolov et al. 2013, arXiv:1310.4546, leave frequent words out to the power ½.
     """
 
     reshapes: ClassVar[bool] = True
+    classifiers: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 
     criterion: Criterion = "activation"
@@ -86,14 +88,16 @@ class Removal(Step):
 
     def felt(self, model: Model, context: Context, linear: str, size: int = 1) -> Sequence[Tensor | None]:
         """What the criterion takes from gradients, per block: Taylor scores, G of `fisher`, or None."""
+        from compress.classifier import texts_of
         from compress.steps.prune._fisher import output_fisher
         from compress.steps.prune._taylor import taylor_scores
 
+        if self.criterion not in ("fisher", "taylor"):
+            return [None] * model.facts.layers
+        texts = texts_of(model, context.calibration)
         if self.criterion == "taylor":
-            return taylor_scores(model, context.calibration, linear, size, context.progress)
-        if self.criterion == "fisher":
-            return output_fisher(model, context.calibration, linear, context.progress)
-        return [None] * model.facts.layers
+            return taylor_scores(model, texts, linear, size, context.progress, context.seed)
+        return output_fisher(model, texts, linear, context.progress, context.seed)
 
 
 def refit(step: str, name: str, linear: nn.Linear, sums: Sums, kept: Tensor, ridge: float) -> None:

@@ -1,4 +1,4 @@
-"""One window's way through a decoder, a block at a time, to see what the logits lose when one of them changes."""
+"""One window's way through a model, a block at a time, to see what the logits lose when one of them changes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from compress.blocks import enter
+from compress.families import Encoder
 from compress.numerics.divergence import divergence
 from compress.numerics.products import working_products
 
@@ -25,7 +26,8 @@ class Stream:
         architecture = model.facts.architecture
         (self._entering,), arguments = enter(model, [window[None]])
         self._arguments = dict(zip(model.module.get_submodule(architecture.blocks), arguments, strict=True))
-        self._norm = model.module.get_submodule(architecture.final_norm)
+        encodes = isinstance(architecture, Encoder)  # whose blocks end in a norm
+        self._norm = nn.Identity() if encodes else model.module.get_submodule(architecture.final_norm)
         self._head = model.head
 
     def states(self, blocks: Sequence[nn.Module]) -> list[Tensor]:
@@ -43,11 +45,11 @@ class Stream:
         return states
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits (length, vocabulary) float32 of the states that leave the last block."""
+        """Logits (length, vocabulary), or (1, classes), float32 of the states that leave the last block."""
         with working_products():
             logits: Tensor = self._head(self._norm(states))[0].float()
         return logits
 
     def divergence(self, reference: Tensor, states: Tensor) -> float:
-        """Sum over tokens of KL(reference‖model) in nats, of logits and of the states that leave the last block."""
+        """Sum of KL(reference‖model) in nats over rows of logits, given the states that leave the last block."""
         return float(divergence(reference, self.logits(states)).kl.sum())

@@ -20,18 +20,25 @@ if TYPE_CHECKING:
 
 
 def taylor_scores(
-    model: Model, windows: Sequence[Tensor], linear: str, size: int, progress: Progress = lambda label, fraction: None
+    model: Model,
+    windows: Sequence[Tensor],
+    linear: str,
+    size: int,
+    progress: Progress = lambda label, fraction: None,
+    seed: int = 0,
 ) -> list[Tensor]:
     """Σ_t |Σ_c x_tc ∂L/∂x_tc| per block, (m / size,) float32: c runs over `size` neighbouring input channels.
 
     linear: its name within a block. L: cross-entropy of the next token, summed over the tokens t of the windows,
-    (length,) int64 each. Matrix products and their gradients are of the working type, and no weight gets a gradient.
+    (tokens,) int64 each; a classifier's, of a class per window, which is drawn by seed from the probabilities that the
+    model gives, as for the Fisher matrix (Martens 2020, arXiv:1412.1193): labels are not known. Matrix products and
+    their gradients are of the working type, and no weight gets a gradient.
     Raises NumericalError naming the block or the linear where states or gradients are not finite.
     Molchanov et al. 2017, arXiv:1611.06440, eq. 8; the absolute value is taken per token, not per window.
     """
     blocks = model.module.get_submodule(model.facts.architecture.blocks)
     scores = [torch.zeros(block.get_submodule(linear).in_features // size) for block in blocks]
-    with closing(gradients(model, windows, linear, progress)) as found:
+    with closing(gradients(model, windows, linear, progress, seed)) as found:
         for index, X, gradient in found:
             change = (X * gradient).view(-1, len(scores[index]), size).sum(dim=2)
             scores[index] += change.abs().sum(dim=0)
@@ -39,13 +46,13 @@ def taylor_scores(
 
 
 def gradients(
-    model: Model, windows: Sequence[Tensor], linear: str, progress: Progress, of_output: bool = False
+    model: Model, windows: Sequence[Tensor], linear: str, progress: Progress, seed: int, of_output: bool = False
 ) -> Generator[tuple[int, Tensor, Tensor]]:
     """Per window and block: its index, the inputs of a linear (tokens, m) float32, and the loss's gradient by them.
 
     of_output: outputs (tokens, n) instead of inputs. Products and arguments as in `taylor_scores`.
     """
-    name = model.facts.architecture.blocks
+    name, generator = model.facts.architecture.blocks, torch.Generator().manual_seed(seed)
     watched: dict[int, Tensor] = {}
 
     def keep(index: int, X: Tensor) -> None:
@@ -65,7 +72,7 @@ def gradients(
             for done, window in enumerate(windows):
                 progress("gradients", done / len(windows))
                 with torch.inference_mode(False), torch.enable_grad():
-                    loss = _loss(model, window.clone())  # one made without gradients cannot be saved
+                    loss = _loss(model, window.clone(), generator)  # one made without gradients cannot be saved
                     if not finite(loss.detach()):
                         _name_the_block(model, window)
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -89,11 +96,15 @@ def _name_the_block(model: Model, window: Tensor) -> None:
     raise NumericalError("non-finite loss on the calibration data")
 
 
-def _loss(model: Model, window: Tensor) -> Tensor:
-    """Cross-entropy of the next token, summed over one window, in nats."""
+def _loss(model: Model, window: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross-entropy of the next token, summed over one window, or of a class drawn from the model's own, in nats."""
     with working_products():
         states = model.module.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0]
         logits = model.head(states)
+    if model.labels:
+        bounds = logits.detach().float().softmax(dim=-1).cumsum(dim=-1)[:, :-1]
+        drawn = (bounds < torch.rand(1, generator=generator)).sum(dim=-1)
+        return nn.functional.cross_entropy(logits.float(), drawn)
     return nn.functional.cross_entropy(logits[:-1].float(), window[1:], reduction="sum")
 
 

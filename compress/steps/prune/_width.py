@@ -102,7 +102,7 @@ def worth(model: Model, found: Sequence[Reading]) -> Tensor:
 def narrow(model: Model, kept: Tensor) -> None:
     """Keep the residual channels at the positions `kept` everywhere, in place, and say so in the config."""
     arch, tied = model.facts.architecture, model.facts.tied
-    embedding, head = model.module.get_input_embeddings(), model.module.get_output_embeddings()
+    embedding, head = model.module.get_input_embeddings(), model.module.get_submodule(arch.head)
     embedding.weight = nn.Parameter(embedding.weight.detach().index_select(1, kept), embedding.weight.requires_grad)
     embedding.embedding_dim = len(kept)
     select_channels(head, kept, 1)

@@ -35,6 +35,7 @@ class Hidden(Step):
     name: ClassVar[str] = "prune.hidden"
     version: ClassVar[int] = 2
     reshapes: ClassVar[bool] = True
+    classifiers: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 
     fraction: float = Field(ge=0, lt=1, allow_inf_nan=False)

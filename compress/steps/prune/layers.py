@@ -31,6 +31,7 @@ class Layers(Step):
     name: ClassVar[str] = "prune.layers"
     version: ClassVar[int] = 4
     reshapes: ClassVar[bool] = True
+    classifiers: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = True
 
     count: int = Field(ge=0)
@@ -80,11 +81,13 @@ class Layers(Step):
 
     def _least_missed(self, model: Model, context: Context) -> dict[int, float]:
         """The blocks to remove, each with what it was judged by."""
+        from compress.classifier import texts_of
         from compress.steps.prune._depth import block_influence, by_divergence
 
         if self.criterion == "divergence":
-            windows = context.calibration[: max(1, self.tokens // len(context.calibration[0]))]
-            return dict(by_divergence(model, windows, self.count, context.progress))
+            texts = texts_of(model, context.calibration)
+            count = max(1, self.tokens * len(texts) // sum(map(len, texts)))
+            return dict(by_divergence(model, texts[:count], self.count, context.progress))
         influence = block_influence(model, context.calibration, context.progress)
         order = sorted(range(len(influence)), key=lambda i: (influence[i], -i))
         return {i: influence[i] for i in order[: self.count]}
@@ -99,14 +102,18 @@ class Layers(Step):
 
         twins = walk(twin_of(model), context.calibration)
         behind = [i - 1 for i in [*kept[1:], model.facts.layers]]  # the block whose place each kept one takes
-        reader = reader_of(model.facts.architecture, "mlp")
+        arch = model.facts.architecture
+        reader = reader_of(arch, "mlp")
         _keep_blocks(model, kept)
         for block, last in zip(walk(model, context.calibration, context.progress), behind, strict=True):
             target = next(twin for twin in twins if twin.index == last)
             if last == kept[block.index]:
                 continue
-            name = f"{model.facts.architecture.blocks}.{block.index}.{reader}"
-            sums = moments(block, name, (states.flatten(0, -2) for states in target.advance()))
+            name = f"{arch.blocks}.{block.index}.{reader}"
+            wanted = (after for _, _, after in target.around(f"{arch.blocks}.{last}.{reader}", last=True))
+            sums = moments(block, name, wanted)
+            if norm := arch.sum_norms.get(reader):  # from here on it reads the sum that the removed block's did
+                block.module.get_submodule(norm).load_state_dict(target.module.get_submodule(norm).state_dict())
             linear = block.linears[name]
             refit(self.name, name, linear, sums, torch.arange(linear.in_features), self.ridge)
         model.touch()
