@@ -7,11 +7,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from compress.encodings import EncodedTensor, Encoding
 from compress.interfaces import Context
 from compress.model import Model
-from compress.numerics.products import working_products
 from compress.plugin import step
 from compress.steps.quantize._fields import round_to_nearest
 from compress.steps.quantize._folding import fold
 from compress.steps.quantize.awq import channel_scales, output_error
+from tests.inputs import inputs_of, windows
 from tests.tiny import byte_tokenizer, tiny_model
 
 INT4 = Encoding("int4", 16)
@@ -44,10 +44,6 @@ def small(family: str, kv_heads: int) -> Model:
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
     return model
-
-
-def windows(count: int = 8) -> list[torch.Tensor]:
-    return [torch.randint(0, 256, (32,), generator=torch.Generator().manual_seed(i)) for i in range(count)]
 
 
 def moments(seed: int, m: int = 48, tokens: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,24 +108,13 @@ def test_some_scale_beats_none_where_channels_differ(encoding):
 
 
 def reference(
-    model: Model, calibration: list[torch.Tensor], alphas: int, encoding: Encoding
+    model: Model, block: int, alphas: int, encoding: Encoding
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Scaled weights of the first block and their inputs, caught by hooks, without second moments of them."""
-    caught: dict[str, list[torch.Tensor]] = {}
-    names = {n: model.module.get_submodule(n) for n in model.facts.linears if ".0." in n}
-    hooks = [
-        m.register_forward_pre_hook(
-            lambda _, args, n=n: caught.setdefault(n, []).append(args[0].float().flatten(0, -2))
-        )
-        for n, m in names.items()
-    ]
-    with torch.inference_mode(), working_products():  # as the walk over blocks computes
-        model.module(input_ids=torch.stack(calibration))
-    for hook in hooks:
-        hook.remove()
-    inputs = {n: torch.cat(x).double() for n, x in caught.items()}
-    weights = {n: m.weight.detach().double() for n, m in names.items()}
-    for source, readers in model.facts.folds(0):
+    """Scaled weights of a block and their inputs, caught by hooks, without second moments of them."""
+    names = [name for name in model.facts.linears if f".{block}." in name]
+    inputs = inputs_of(model, names, windows(20))
+    weights = {n: model.parameter(f"{n}.weight").detach().double() for n in names}
+    for source, readers in model.facts.folds(block):
         X = inputs[readers[0]]
         best, least = torch.ones(X.shape[1]).double(), float("inf")
         for i in range(alphas):
@@ -148,20 +133,24 @@ def reference(
     return weights, inputs
 
 
+@pytest.mark.parametrize("working", ["float32"], indirect=True)
 @pytest.mark.parametrize("range", ["minmax", "mse"])
-def test_the_step_equals_a_plain_version(range):
-    model, calibration = small("llama", 4), windows()
-    expected, inputs = reference(model, calibration, 5, INT4)
-    step("quantize.awq")(group_size=16, alphas=5, range=range).apply(model, Context(seed=0, calibration=calibration))
-    assert len(expected) == 7
-    for name, W in expected.items():
-        held = model.encoded[f"{name}.weight"]
-        importance = inputs[name].square().sum(0).float()
-        wanted = round_to_nearest(name, W.float(), INT4, range == "mse", importance)
-        # float32 against float64: a weight on an edge may fall on either side
-        assert (held.decode() - wanted.decode()).norm() < 0.02 * wanted.decode().norm(), name
-        assert (held.codes == wanted.codes).float().mean() > 0.99, name
-    gain = model.parameter("model.layers.0.input_layernorm.weight")
+def test_every_block_equals_a_plain_version_fed_by_the_rounded_ones_before_it(range, working):
+    model, rounded = small("llama", 4), small("llama", 4)
+    chosen = step("quantize.awq")(group_size=16, alphas=5, range=range, embeddings=None)
+    chosen.apply(rounded, Context(seed=0, calibration=windows(20)))
+    for block in (0, 1):
+        expected, inputs = reference(model, block, 5, INT4)
+        assert len(expected) == 7
+        for name, W in expected.items():
+            held = rounded.encoded[f"{name}.weight"]
+            importance = inputs[name].square().sum(0).float()
+            wanted = round_to_nearest(name, W.float(), INT4, range == "mse", importance)
+            # float32 against float64: a weight on an edge may fall on either side
+            assert (held.decode() - wanted.decode()).norm() < 0.02 * wanted.decode().norm(), name
+            assert (held.codes == wanted.codes).float().mean() > 0.99, name
+        model.module.model.layers[block] = rounded.module.model.layers[block]
+    gain = rounded.parameter("model.layers.0.input_layernorm.weight")
     assert (gain / small("llama", 4).parameter("model.layers.0.input_layernorm.weight")).std() > 0.1  # it did scale
 
 
@@ -171,7 +160,7 @@ def test_pruned_weights_stay_zero_and_gains_stay_floats():
     gain = "model.layers.0.input_layernorm.weight"
     before = model.parameter(gain).detach().clone()
     chosen = step("quantize.awq")(group_size=16)
-    chosen.apply(model, Context(seed=0, calibration=windows()))
+    chosen.apply(model, Context(seed=0, calibration=windows(8)))
     assert {n: e.encoding for n, e in model.encoded.items()} == chosen.encodings(model.facts)
     for name, mask in model.masks.items():
         assert not model.parameter(name)[~mask].any() and model.parameter(name)[mask].any()
@@ -185,7 +174,7 @@ def test_stored_tensors_are_not_scaled_and_floats_need_no_scale():
     held = model.encoded[gain].codes.clone()
     later = "model.layers.1.post_attention_layernorm.weight"
     before = model.parameter(later).detach().clone()
-    context = Context(seed=0, calibration=windows())
+    context = Context(seed=0, calibration=windows(8))
     kept = {"*.gate_proj": "fp32", "*.up_proj": "fp16"}
     step("quantize.awq")(group_size=16, keep=kept).apply(model, context)
     assert torch.equal(model.encoded[gain].codes, held)

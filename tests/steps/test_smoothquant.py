@@ -12,18 +12,14 @@ from compress.errors import CompressError, NumericalError, RecipeError
 from compress.interfaces import Context
 from compress.model import Model
 from compress.numerics.divergence import divergence
-from compress.numerics.products import working_products
 from compress.plugin import step
 from compress.rounding import InputRounding
 from compress.steps.quantize.smoothquant import output_error, smoothing
+from tests.inputs import inputs_of, windows
 from tests.tiny import tiny_model
 
 WINDOW = [list(range(3, 60)), [250, 9, 9, 17]]
 GAIN = "model.layers.{}.{}.weight"
-
-
-def windows(count: int = 8) -> list[torch.Tensor]:
-    return [torch.randint(0, 256, (32,), generator=torch.Generator().manual_seed(i)) for i in range(count)]
 
 
 def with_outliers(factor: float) -> Model:
@@ -46,7 +42,7 @@ def kl(a: Model, b: Model) -> float:
 
 
 def apply(model: Model, calibration: list[torch.Tensor] | None = None, **fields) -> Context:
-    context = Context(seed=0, calibration=windows() if calibration is None else calibration)
+    context = Context(seed=0, calibration=windows(8) if calibration is None else calibration)
     step("quantize.smoothquant")(embeddings=None, **fields).apply(model, context)
     return context
 
@@ -58,49 +54,58 @@ def test_factors_are_the_papers():
     assert smoothing(torch.zeros(2), torch.ones(2), 0.5).tolist() == [1.0, 1.0]
 
 
-def reference(model: Model, alpha: float) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Int8 weights of the first block and static scales of its inputs, by plain float64 loops."""
-    caught: dict[str, list[torch.Tensor]] = {}
-    linears = {n: model.module.get_submodule(n) for n in model.facts.linears if ".0." in n}
-    hooks = [
-        m.register_forward_pre_hook(lambda _, a, n=n: caught.setdefault(n, []).append(a[0].float().flatten(0, -2)))
-        for n, m in linears.items()
-    ]
-    with torch.inference_mode(), working_products():  # as the walk over blocks computes
-        model.module(input_ids=torch.stack(windows()))
-    for hook in hooks:
-        hook.remove()
-    inputs = {n: torch.cat(x).double() for n, x in caught.items()}
-    weights = {n: m.weight.detach().double() for n, m in linears.items()}
-    for source, readers in model.facts.folds(0):
-        for j in range(inputs[readers[0]].shape[1]):
-            largest = max(float(inputs[readers[0]][:, j].abs().max()), 1e-30)
-            heaviest = max(float(weights[n][:, j].abs().max()) for n in readers)
-            s = largest**alpha / heaviest ** (1 - alpha)
-            for n in readers:
-                weights[n][:, j] *= s
-                inputs[n][:, j] /= s
-            if source in weights:
-                weights[source][j] /= s
-    coded = {}
-    for n, W in weights.items():
-        scales = (W.abs().amax(1, keepdim=True) / 127).half().double()
-        coded[n] = (W / scales).round().clamp(-127, 127)
-    return coded, {n: float(x.abs().max()) / 127 for n, x in inputs.items()}
+def reference(model: Model, block: int, alpha: float | str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Int8 weights of a block and static scales of its inputs, in float64; α is searched on the first 512 tokens."""
+    names = [name for name in model.facts.linears if f".{block}." in name]
+    inputs = inputs_of(model, names, windows(20))
+    weights = {n: model.parameter(f"{n}.weight").detach().double() for n in names}
+    for source, readers in model.facts.folds(block):
+        X, stacked = inputs[readers[0]], torch.cat([weights[n] for n in readers])
+        tried = [_smoothing(X, stacked, i / 10) for i in range(11)] if alpha == "search" else []
+        best = torch.ones(X.shape[1]).double() if tried else _smoothing(X, stacked, alpha)
+        for s in tried:
+            best = min(best, s, key=lambda s: _output_error(X, stacked, s))
+        for n in readers:
+            weights[n], inputs[n] = weights[n] * best, inputs[n] / best
+        if source in weights:
+            weights[source] = weights[source] / best.unsqueeze(1)
+    return {n: _int8(W)[0] for n, W in weights.items()}, {n: float(x.abs().max()) / 127 for n, x in inputs.items()}
 
 
-def test_the_step_equals_a_plain_version():
-    model = with_outliers(30.0)
-    codes, scales = reference(model, 0.6)
-    apply(model, alpha=0.6, activations="static")
-    assert len(codes) == 7
-    for name, expected in codes.items():
-        held = model.encoded[f"{name}.weight"]
-        assert held.encoding == Encoding("int8") and held.scales.shape[1] == 1
-        rounded = held.codes * held.scales.sign()  # ours are signed, so that the largest weight is positive in codes
-        assert (rounded == expected).float().mean() > 0.99, name  # float32 against float64, on an edge
-        assert (rounded - expected).abs().max() <= 1, name
-        assert model.inputs[name].scale == pytest.approx(scales[name], rel=1e-5), name
+def _smoothing(X: torch.Tensor, W: torch.Tensor, alpha: float) -> torch.Tensor:
+    return X.abs().amax(0) ** alpha / W.abs().amax(0) ** (1 - alpha)
+
+
+def _int8(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and the scale of each row."""
+    scales = (W.abs().amax(1, keepdim=True) / 127).half().double()
+    return (W / scales).round().clamp(-127, 127), scales
+
+
+def _output_error(X: torch.Tensor, W: torch.Tensor, s: torch.Tensor) -> float:
+    """What the linear errs by, with weights and static inputs rounded."""
+    codes, scales = _int8(W * s)
+    scale = (X / s).abs().max() / 127
+    rounded = (X[:512] / s / scale).round() * scale
+    return float((rounded @ (codes * scales).T - X[:512] @ W.T).square().sum())
+
+
+@pytest.mark.parametrize("working", ["float32"], indirect=True)
+@pytest.mark.parametrize("alpha", [0.6, "search"])
+def test_every_block_equals_a_plain_version_fed_by_the_rounded_ones_before_it(alpha, working):
+    model, rounded = with_outliers(30.0), with_outliers(30.0)
+    apply(rounded, windows(20), alpha=alpha, activations="static")
+    for block in (0, 1):
+        codes, scales = reference(model, block, alpha)
+        assert len(codes) == 7
+        for name, expected in codes.items():
+            held = rounded.encoded[f"{name}.weight"]
+            assert held.encoding == Encoding("int8") and held.scales.shape[1] == 1
+            found = held.codes * held.scales.sign()  # ours are signed, so that the largest weight is positive in codes
+            assert (found == expected).float().mean() > 0.99, name  # float32 against float64, on an edge
+            assert (found - expected).abs().max() <= 1, name
+            assert rounded.inputs[name].scale == pytest.approx(scales[name], rel=1e-5), name
+        model.module.model.layers[block] = rounded.module.model.layers[block]
 
 
 @pytest.mark.parametrize("activations", ["dynamic", "static", "block"])
@@ -131,7 +136,7 @@ def _peaks(model: Model) -> dict[str, float]:
         model.module.get_submodule(n).register_forward_pre_hook(lambda _, a, n=n: look(n, a[0]))
         for n in model.facts.linears
     ]
-    list(model.logits([w.tolist() for w in windows()]))
+    list(model.logits([w.tolist() for w in windows(8)]))
     for hook in hooks:
         hook.remove()
     return found
