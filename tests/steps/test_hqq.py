@@ -7,7 +7,7 @@ from gguf import GGUFReader
 from compress.encodings import Encoding
 from compress.errors import NumericalError, RecipeError
 from compress.interfaces import Context
-from compress.numerics.half_quadratic import fit_offsets
+from compress.numerics.half_quadratic import fit_half_quadratic, fit_offsets
 from compress.plugin import step
 from compress.steps.quantize._fields import round_to_nearest
 from export._llama_cpp import find
@@ -31,6 +31,24 @@ def test_it_encodes_what_it_announces_and_keeps_pruned_weights(symmetric):
         assert not model.parameter(name)[~mask].any() and model.parameter(name)[mask].any()
     nearest = round_to_nearest("lm_head.weight", head, Encoding("int8", 16, symmetric), search=False)
     assert torch.equal(model.encoded["lm_head.weight"].codes, nearest.codes)
+
+
+@pytest.mark.parametrize("fields", [{}, {"p": 0.3}, {"p": 1.0}, {"iterations": 2}])
+@pytest.mark.parametrize("encoding", ["int3", "q4_1"])
+def test_the_norm_and_the_iterations_are_those_asked_for(encoding, fields):
+    found = []
+    for asked in ({}, fields):
+        model = tiny_model()
+        W = model.parameter(UP).detach().view(64, 1, 32).clone()
+        step("quantize.hqq")(encoding=encoding, **asked).apply(model, Context(seed=0))
+        p, iterations = asked.get("p", 0.7), asked.get("iterations", 20)
+        if encoding == "q4_1":
+            grid = fit_offsets(W, 15, p, iterations)
+        else:
+            grid = fit_half_quadratic(W, 0, 7, False, p, iterations)
+        found.append(grid.decode(grid.round(W)).flatten(1))
+        assert torch.equal(model.parameter(UP), found[-1])
+    assert not fields or not torch.equal(*found)
 
 
 def test_it_lowers_its_own_norm_of_the_error():

@@ -59,6 +59,25 @@ def test_non_finite_weights_are_named(tensor, value):
         Mixed(**FAST).apply(model, Context(seed=0, calibration=windows()))
 
 
+@pytest.mark.parametrize("fields", [{"embeddings": "int5"}, {"embeddings": None}, {"symmetric": False}])
+def test_the_method_gets_every_field_that_the_two_share(fields):
+    model, alone = tiny_model(), tiny_model()
+    chosen = Mixed(method="rtn", **FAST | {"target_bits": 6.0} | fields)
+    chosen.apply(model, Context(seed=0, calibration=windows()))
+    table = chosen.table(alone.facts, chosen.losses(tiny_model(), Context(seed=0, calibration=windows())))
+    step("quantize.rtn")(group_size=16, keep=dict(table), **fields).apply(alone, Context(seed=0))
+    assert alone.digest == model.digest and len(set(table.values())) > 1
+
+
+def test_sensitivities_are_those_of_the_tokens_asked_for():
+    few, all_ = (Mixed(**FAST | {"sensitivity_tokens": tokens}) for tokens in (96, 512))
+    found = [
+        chosen.losses(tiny_model(), Context(seed=0, calibration=data))
+        for chosen, data in ((few, windows()), (few, windows()[:3]), (all_, windows()))
+    ]
+    assert found[0] == found[1] != found[2]
+
+
 def test_squares_are_those_of_plain_gradients_token_by_token():
     """One token, so that a weight's gradient is a single outer product that autograd can square."""
     model = tiny_model()
