@@ -70,6 +70,45 @@ def test_the_gradient_is_that_of_a_weight_built_from_its_factors(dtype):
     assert theta.grad.dtype == torch.float32
 
 
+def plain_gradients(model: Model, teacher: Model, data: list[torch.Tensor], T: float) -> dict[str, torch.Tensor]:
+    """Of T² KL(teacher_T ‖ model_T), the mean over positions, by every gain and every θ (groups of 16)."""
+    ids = torch.stack(data)
+    with torch.no_grad():
+        target = (teacher.module(ids).logits[:, :-1] / T).log_softmax(-1)
+    said = (model.module(ids).logits[:, :-1] / T).log_softmax(-1)
+    (T**2 * (target.exp() * (target - said)).sum(-1).mean()).backward()
+    found = {n: p.grad for n, p in model.module.named_parameters() if "norm" in n}
+    for name in learnable(model):
+        W = model.parameter(name)
+        found[name] = (W.grad * W.detach()).view(len(W), -1, 16).sum(-1)
+    model.module.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("working", ["float32"], indirect=True)
+@pytest.mark.parametrize("temperature", [1.0, 8.0])
+def test_the_first_step_follows_a_plain_gradient_at_the_rate_of_each(temperature, working):
+    """Adam's first step is the rate against the gradient's sign; a gain's rate is in its root mean square."""
+    teacher, model, data = tiny_model(), quantized(), windows(4, 1)
+    for either in (teacher, model):
+        with torch.no_grad():
+            for i, gain in enumerate(p for n, p in either.module.named_parameters() if "norm" in n):
+                gain.mul_(torch.linspace(0.5, 1.5, len(gain)) / (5 - i))
+        either.touch()
+    gains, coded = norms(model), learnable(model)
+    wanted, other = (plain_gradients(model, teacher, data, T) for T in (temperature, 9 - temperature))
+    run = context(teacher, calibration=data, selection=data)
+    one = {"tokens": 128, "batch": 4, "checks": 1, "selection_tokens": 128}
+    Scales(**one, learning_rate=5e-3, temperature=temperature).apply(model, run)
+    assert "kept those after step 1 of 1" in run.notes[-1]
+    moved = {name: (gain - model.parameter(name)) / gain.square().mean().sqrt() for name, gain in gains.items()}
+    moved |= {n: (e.scales.float() / model.encoded[n].scales.float()).log() for n, e in coded.items()}
+    step_, signs, others = (torch.cat([part[n].flatten() for n in wanted]) for part in (moved, wanted, other))
+    assert ((step_.abs() - 5e-3).abs() < 6e-4).float().mean() > 0.99  # scales are float16, of eleven bits
+    agreeing = [float((step_.sign() == part.sign()).float().mean()) for part in (signs, others)]
+    assert agreeing[0] > 0.999 and agreeing[1] < 0.95, agreeing  # a gradient of next to nothing may have any sign
+
+
 @pytest.mark.parametrize("name,fields", STARTS)
 def test_only_scales_and_norms_learn_and_they_learn(name, fields, tmp_path):
     model, before = quantized(name, fields), quantized(name, fields)
