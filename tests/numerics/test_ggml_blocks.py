@@ -16,7 +16,9 @@ from compress.numerics.ggml_blocks import (
     pack_iq4_nl,
     pack_mxfp4,
     pack_q4_0,
+    pack_q4_1,
     pack_q5_0,
+    pack_q5_1,
     pack_q8_0,
     unpack_iq4_nl,
     unpack_mxfp4,
@@ -28,6 +30,7 @@ from compress.steps.quantize._fields import round_to_nearest
 
 Q4_0, Q8_0 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
 MXFP4 = gguf.GGMLQuantizationType.MXFP4
+Q4_1, Q5_1 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q5_1
 Q5_0, IQ4_NL = gguf.GGMLQuantizationType.Q5_0, gguf.GGMLQuantizationType.IQ4_NL
 FORMATS = {4: (pack_q4_0, unpack_q4_0, Q4_0), 5: (pack_q5_0, unpack_q5_0, Q5_0), 8: (pack_q8_0, unpack_q8_0, Q8_0)}
 
@@ -90,6 +93,22 @@ def test_codes_by_ggmls_rule_give_the_bytes_of_gguf_py_and_of_the_c_library(bits
     packed = pack(*reference_rounding(W, bits)).numpy()
     assert packed.tobytes() == quantize(W.numpy(), kind).tobytes()
     assert packed.tobytes() == c_quantize(W, int(kind), packed.nbytes)
+
+
+@pytest.mark.parametrize(("pack", "high", "kind"), [(pack_q4_1, 15, Q4_1), (pack_q5_1, 31, Q5_1)])
+def test_codes_with_offsets_have_the_bytes_of_gguf_py_and_of_the_c_library(pack, high: int, kind: int) -> None:
+    """Weights that every scale, offset and product hold exactly have one reading: what any quantizer must write."""
+    generator = torch.Generator().manual_seed(high)
+    codes = torch.randint(0, high + 1, (24, 5, 32), generator=generator, dtype=torch.uint8)
+    places = torch.rand(24, 5, 32, generator=generator).argsort(-1)[..., :2]  # of a block's least and largest code
+    codes.scatter_(2, places, torch.tensor([0, high], dtype=torch.uint8).expand(24, 5, 2))
+    scales, offsets = (torch.randint(least, 64, (24, 5), generator=generator) / 256 for least in (1, -64))
+    codes[3, 1], scales[3, 1] = 0, 0.0  # a block of one value
+    W = (codes * scales.unsqueeze(2) + offsets.unsqueeze(2)).flatten(1)
+    packed = pack(codes.flatten(1), scales.half(), offsets.half()).numpy()
+    assert packed.tobytes() == quantize(W.numpy(), kind).tobytes()
+    assert packed.tobytes() == c_quantize(W, int(kind), packed.nbytes)
+    assert dequantize(packed, kind).tobytes() == W.numpy().tobytes()
 
 
 def test_mxfp4_has_the_bytes_of_gguf_py_and_of_the_c_library() -> None:
