@@ -98,6 +98,28 @@ def test_steps_choose_the_same_codes_from_one_block_at_a_time(name, place, tmp_p
         step("quantize.rtn")().apply(back, Context(seed=0))
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"), [("cast", {"encoding": "fp16"}), ("kv_cache", {"keys": "int4"}), ("kv_cache", {})]
+)
+def test_halves_and_rounded_caches_are_those_of_the_whole_model(name, fields, tmp_path):
+    made = tiny(head_dim=32)
+    made.module.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    made.save_tokenizer(tmp_path / "model")
+    whole, streamed = both(tmp_path)
+    counts, before = watch(streamed), next(whole.logits(WINDOWS)).clone()
+    for model in (whole, streamed):
+        step(f"quantize.{name}")(**fields).apply(model, Context(seed=0))
+    logits = [x.clone() for x in whole.logits(WINDOWS)]
+    assert all(torch.equal(x, y) for x, y in zip(logits, streamed.logits(WINDOWS), strict=True))
+    assert counts and max(counts) == 1 and len(in_memory(streamed)) == 1
+    assert not torch.equal(before, logits[0]) and streamed.cache == whole.cache
+    artifact.save(streamed, tmp_path / "a")
+    back = artifact.load(tmp_path / "a")
+    assert back.digest == streamed.digest and back.cache == whole.cache and in_memory(back) == [1]
+    assert {str(back.encoding(key)) for key in back.facts.matrices} == {"fp16" if name == "cast" else "bf16"}
+    assert torch.equal(next(back.logits(WINDOWS)), logits[0])
+
+
 def test_what_was_changed_is_written_back_again_and_again(place):
     _, model = both(place)
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
