@@ -116,6 +116,14 @@ def test_what_the_blocks_do_not_fit_is_refused_with_a_remedy(tmp_path):
     assert reason is not None and "not q4_k; use int4" in reason
 
 
+def test_of_overlapping_patterns_the_last_counts():
+    kinds = {"*.mlp.*": "fp16", "*.0.*": "q5_1"}
+    for order in (list(kinds), list(reversed(kinds))):
+        chosen = step("quantize.ggml")(type="q4_1", keep={pattern: kinds[pattern] for pattern in order})
+        found = chosen.encodings(tiny_model().facts)
+        assert [found[n].name for n in (UP, UP.replace("layers.0", "layers.1"))] == [kinds[order[-1]], "fp16"]
+
+
 def test_bad_weights_name_the_tensor_and_nothing_is_rounded_twice():
     model = tiny_model()
     model.parameter(UP).data[0, 0] = torch.inf
