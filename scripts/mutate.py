@@ -1,4 +1,4 @@
-"""Which operators of the deciding code could be wrong without a test noticing.
+"""Which operators of the deciding code, and of the methods that quantize, could be wrong without a test noticing.
 
 Usage: nice -n 19 .venv/bin/python scripts/mutate.py [FILE ...] [--lines N ...]
 Flips one comparison, `and`/`or`, `not`, `+`/`-` or sign at a time, in a temporary copy, and runs the fast tests of that
@@ -34,6 +34,20 @@ TESTS: dict[str, tuple[str, ...]] = {  # the likeliest to notice first
     "compress/holdout.py": ("tests/test_holdout.py",),
     "compress/numerics/paired.py": ("tests/numerics/test_paired.py",),
     "compress/fixed_sample.py": ("tests/test_fixed_sample.py",),
+}
+DECIDING = tuple(TESTS)  # what a run without files takes; methods take longer
+TESTS |= {
+    f"compress/steps/quantize/{name}.py": tuple(f"tests/steps/test_{test}.py" for test in tests)
+    for name, tests in {
+        "gptq": ("gptq", "quantize", "head"),
+        "hqq": ("hqq",),
+        "scales": ("scales",),
+        "awq": ("awq",),
+        "smoothquant": ("smoothquant",),
+        "mixed": ("mixed",),
+        "_fields": ("rtn", "quantize"),
+        "_refinement": ("gptq", "quantize"),
+    }.items()
 }
 OTHERS: dict[type[ast.AST], tuple[str, ...]] = {
     ast.Lt: (">=", "<="),
@@ -203,6 +217,7 @@ def _run_tests(tree: Path, tests: Sequence[str], seconds: int) -> None:
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True  # a mutant of the same second and size would be taken for the one before
     quiet = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # torch is loaded
+    quiet += ["-m", "not model"]
     quiet.append("--hypothesis-profile=ci")  # no deadline: on a busy machine, one would pass for a mutant killed
     code = pytest.main([*quiet, *tests])
     os._exit(int(code))
@@ -224,7 +239,7 @@ def examine(tree: Path, file: str, lines: Sequence[int], seconds: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="*", default=[*TESTS])
+    parser.add_argument("files", nargs="*", default=[*DECIDING])
     parser.add_argument("--lines", type=int, nargs="*", default=[], help="of one file; by default all")
     parser.add_argument("--seconds", type=int, default=600, help="after which a run ends, an endless loop as well")
     options = parser.parse_args()
