@@ -285,7 +285,8 @@ def test_an_exporter_judges_the_architecture() -> None:
 def test_a_plug_in_that_names_itself_is_named_once() -> None:
     narrow = "prune.hidden: {fraction: 0.5, round_to: 16}"
     assert refusal(recipe(f"  - {narrow}\n"), GPT2).startswith("recipe.yaml:9:5  steps[0] prune.hidden: the config of")
-    with pytest.raises(RecipeError, match=r"^recipe\.yaml:9:5  steps\[0\] quantize\.hqq chooses integer codes"):
+    place = r"^recipe\.yaml:9:30  steps\[0\] quantize\.hqq\.encoding: found 'nf4': quantize\.hqq chooses integer codes"
+    with pytest.raises(RecipeError, match=place):
         recipe("  - quantize.hqq: {encoding: nf4}\n")
     rope = Facts.from_config(CONFIG | {"rope_scaling": {"type": "linear"}})
     message = refusal(recipe("  - quantize.rtn: {}\n", export="export:\n  - gguf: {}\n"), rope)
