@@ -165,7 +165,7 @@ class Step(Plugin, ABC):
     streams: ClassVar[bool] = False  # takes block by block, each once, so that a model larger than memory will do
     classifiers: ClassVar[bool] = False  # takes models with a classification head, too
     takes_pairs: ClassVar[bool] = False  # takes models that read one text and write another, too
-    uses_calibration: ClassVar[bool] = False
+    uses_calibration: ClassVar[bool] = False  # where fields decide, a property
     uses_selection: ClassVar[bool] = False
 
     def check(self, facts: Facts) -> None:

@@ -137,7 +137,7 @@ def test_a_calibration_smaller_than_the_channels_is_told_in_the_terminal_and_the
 def test_a_run_goes_on_after_steps_that_dismiss_the_baseline(place, store, tmp_path):
     budget = "tokens: 256, selection_tokens: 64, checks: 1"
     steps = [
-        "prune.magnitude: {sparsity: 0.01}",
+        "prune.magnitude: {sparsity: 0.01, allocation: owl}",  # which makes it read calibration data
         f"distill.logits: {{{budget}, top_k: 16, divergence: js}}",
         f"distill.sequence: {{{budget}, prompt_tokens: 4, new_tokens: 12}}",
         f"distill.hidden: {{{budget}, layers: [[1, 1]]}}",
@@ -145,7 +145,7 @@ def test_a_run_goes_on_after_steps_that_dismiss_the_baseline(place, store, tmp_p
     record, _ = run.apply(load(place, f"[{', '.join(f'{{{s}}}' for s in steps)}]"), tmp_path / "run", store)
     assert record.status == "passed", record
     notes = [note for step in record.steps for attempt in step.attempts for note in attempt.notes[:1]]
-    assert len(notes) == 4 and "bytes per token" in notes[1] and "1 from 1" in notes[3]
+    assert len(notes) == 4 and "by owl: 0 0.0" in notes[0] and "bytes per token" in notes[1] and "1 from 1" in notes[3]
 
 
 def test_every_check_sees_a_planted_loss_before_it_is_trusted(place, store, tmp_path):

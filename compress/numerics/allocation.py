@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,19 @@ def spread_sparsity(worth: list[float], sparsity: float, spread: float) -> list[
     highest, lowest = float(offsets.max()), float(offsets.min())
     shrink = min(1.0, 0.999 * (1 - sparsity) / highest, sparsity / -lowest)
     return [round(sparsity + shrink * offset, 9) for offset in offsets.tolist()]
+
+
+def highest_within(total: Callable[[float], int], budget: int, low: float, high: float) -> float:
+    """The highest level from low to high, nearly, whose total is within the budget; low where none is.
+
+    total: never falls as the level rises.
+
+    >>> round(highest_within(lambda level: int(10 * level), 7, 0.0, 2.0), 9)
+    0.8
+    """
+    if total(high) <= budget:
+        return high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) <= budget else (low, middle)
+    return low

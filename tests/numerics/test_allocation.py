@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.numerics.allocation import outlier_share, spread_sparsity
+from compress.numerics.allocation import highest_within, outlier_share, spread_sparsity
 
 WORTHS = st.lists(st.floats(-100, 100), min_size=1, max_size=40)
 
@@ -39,3 +39,14 @@ def test_outliers_are_counted_over_all_scores_together():
     scores = [torch.ones(3, 4), torch.tensor([[100.0, 1.0]])]
     assert outlier_share(scores, 5.0) == 1 / 14  # the mean is 113 / 14, so that 100 alone exceeds five times it
     assert outlier_share(scores, 13.0) == 0.0
+
+
+@given(st.lists(st.floats(0, 1), max_size=30), st.integers(0, 40))
+def test_the_highest_level_is_where_the_next_step_would_exceed_the_budget(steps, budget):
+    """The total counts the steps passed: one more than the budget is the first step that must not be."""
+    level = highest_within(lambda at: sum(step <= at for step in steps), budget, -1.0, 1.0)
+    assert sum(step <= level for step in steps) <= budget
+    if budget < len(steps):
+        assert level == pytest.approx(sorted(steps)[budget], abs=1e-12)
+    else:
+        assert level == 1.0

@@ -12,6 +12,7 @@ from compress.steps.prune._fields import WeightPruning
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.blocks import Block
     from compress.model import Model
     from compress.numerics.masks import Target
 
@@ -22,7 +23,8 @@ class Magnitude(WeightPruning):
     scope: what a sparsity compares: one matrix (`layer`), each output `row`, or all linears together
     (`global`) save those with an entry of their own under `layers`, which are pruned each by itself.
     Counts are exact: sparsity · n, rounded down, of each compared set of n weights; what an earlier step
-    pruned stays pruned and counts. Equal magnitudes go in order of position.
+    pruned stays pruned and counts. Equal magnitudes go in order of position. Calibration data is read only where an
+    `allocation` other than uniform is chosen.
     Han et al. 2015, arXiv:1506.02626.
     """
 
@@ -35,13 +37,28 @@ class Magnitude(WeightPruning):
     def _scope_fits(self) -> Self:
         if self.pattern is not None and self.scope != "layer":
             raise ValueError(f"scope={self.scope} with pattern={self.pattern}, which compares neighbours; drop scope")
+        if self.allocation != "uniform" and self.scope == "global":
+            raise ValueError(f"scope=global with allocation={self.allocation}: both share the sparsity out; drop one")
         return self
+
+    @property
+    def uses_calibration(self) -> bool:  # type: ignore[override]  # a class variable of steps that always do
+        """Whether blocks are compared by what they do on data."""
+        return self.allocation != "uniform"
+
+    def set_size(self, n: int, m: int) -> int:
+        """Those of one output, or the whole matrix, as the scope says."""
+        return m if self.scope == "row" else n * m
+
+    def scores(self, block: Block) -> dict[str, Tensor]:
+        """|W| of each linear."""
+        return {f"{name}.weight": linear.weight.detach().abs() for name, linear in block.linears.items()}
 
     def apply(self, model: Model, context: Context) -> None:
         """Prune in place; each mask lands in `model.masks`."""
         from compress.steps.prune._record import record_mask, sparsity_notes
 
-        targets = self.begin(model, context)
+        targets = self.allocated(model, context)
         groups = self._compared(model, targets)
         for i, group in enumerate(groups):
             for tensor, mask in zip(group, self._masks(model, group, targets[group[0]]), strict=True):
@@ -59,11 +76,11 @@ class Magnitude(WeightPruning):
 
     def _masks(self, model: Model, group: list[str], target: Target) -> list[Tensor]:
         """Masks of the tensors whose weights compete with each other."""
-        from compress.numerics.masks import keep, keep_highest_of_all
+        from compress.numerics.masks import keep_highest_of_all
         from compress.steps.prune._record import require_finite
 
         scores = [require_finite(model.parameter(t).detach().abs(), t, self.name) for t in group]
-        kept = [model.masks.get(t) for t in group]
-        if isinstance(target, tuple) or self.scope == "row":
-            return [keep(s, target, k) for s, k in zip(scores, kept, strict=True)]
-        return keep_highest_of_all(scores, target, kept)
+        if len(group) == 1:
+            return [self._mask(model, group[0], scores[0], target)]
+        assert not isinstance(target, tuple)
+        return keep_highest_of_all(scores, target, [model.masks.get(t) for t in group])

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from compress.errors import NumericalError
 from compress.interfaces import Context
-from compress.steps.prune._fields import CalibratedPruning
+from compress.steps.prune._fields import WeightPruning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,18 +20,20 @@ if TYPE_CHECKING:
     from compress.numerics.masks import Target
 
 
-class Sparsegpt(CalibratedPruning):
+class Sparsegpt(WeightPruning):
     """Drop the weights that cost least once the others are updated, by the calibration's second moments.
 
     Blocks are pruned in order, each fed by the pruned ones before it; the linears of one block are all measured
     before any of them is pruned. Counts are exact per row, as in prune.wanda.
+    Sensitivity, if asked for, is measured with Wanda's masks and no update, which costs a pass and not a factorization.
     dampening: λ as a fraction of the mean diagonal of the Hessian.
     Frantar & Alistarh 2023, arXiv:2301.00774.
     """
 
     name: ClassVar[str] = "prune.sparsegpt"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     classifiers: ClassVar[bool] = True
+    uses_calibration: ClassVar[bool] = True
 
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
 

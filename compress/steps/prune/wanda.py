@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from compress.interfaces import Context
-from compress.steps.prune._fields import CalibratedPruning
+from compress.steps.prune._fields import WeightPruning
 
 if TYPE_CHECKING:
     from compress.model import Model
 
 
-class Wanda(CalibratedPruning):
+class Wanda(WeightPruning):
     """Drop, in each output row, the weights with the smallest |W_ij| · ‖X_j‖₂.
 
     ‖X_j‖₂ is the norm of input channel j over the calibration tokens. Blocks are pruned in order, and each
@@ -21,7 +21,9 @@ class Wanda(CalibratedPruning):
     """
 
     name: ClassVar[str] = "prune.wanda"
+    version: ClassVar[int] = 2
     classifiers: ClassVar[bool] = True
+    uses_calibration: ClassVar[bool] = True
 
     def apply(self, model: Model, context: Context) -> None:
         """Prune in place; each mask lands in `model.masks`."""
