@@ -17,6 +17,12 @@ class NumericalError(CompressError):
     """A non-finite weight, activation, loss or Hessian; the message names the layer (exit code 1)."""
 
 
+class NonFiniteModel(NumericalError):
+    """A model that holds NaN or infinity, of which nothing can be proven; the message names the tensor (exit 4)."""
+
+    exit_code = 4
+
+
 class RecipeError(CompressError):
     """A recipe, option or input that cannot work, found before or while it is used (exit code 2)."""
 

@@ -208,7 +208,7 @@ def load(spec: str, dtype: str = "float32", streaming: bool = False) -> Model:
     """Open a model in float32; a block-quantized GGUF is decoded and its channels permuted.
 
     streaming: leave the blocks on disk until they are needed, one at a time; matrices of 16-bit floats count as
-    stored in these. Raises RecipeError, NetworkError, UnsafeInput or Corrupt, each naming the file, and NumericalError
+    stored in these. Raises RecipeError, NetworkError, UnsafeInput or Corrupt, each naming the file, and NonFiniteModel
     naming the first tensor that is not finite (one of a streamed block once that is read).
     """
     return load_from(download(resolve(spec)), dtype, streaming)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.encodings import EncodedTensor, Encoding
-from compress.errors import Corrupt, NumericalError
+from compress.errors import Corrupt, NonFiniteModel
 from compress.numerics.affine import finite
 from compress.numerics.packing import pack, unpack
 
@@ -28,11 +28,11 @@ _CONSTANTS = {
 
 
 def require_finite(where: object, name: str, tensor: Tensor) -> None:
-    """Raise NumericalError naming a tensor, and where it was read from, if it holds NaN or infinity."""
+    """Raise NonFiniteModel naming a tensor, and where it was read from, if it holds NaN or infinity."""
     if not finite(tensor):
         odd = int((~torch.isfinite(tensor)).sum())
         remedy = "get the model anew, or convert it anew to a type that holds its numbers (float16 ends at 65504)"
-        raise NumericalError(f"{where}: {odd} of the {tensor.numel()} numbers of {name} are not finite; {remedy}")
+        raise NonFiniteModel(f"{where}: {odd} of the {tensor.numel()} numbers of {name} are not finite; {remedy}")
 
 
 def flatten(tensors: Iterable[tuple[str, EncodedTensor | Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -269,7 +269,7 @@ class Weights:
     def read(self, names: Iterable[str]) -> Content:
         """Tensors by name: matrices of 16-bit floats as they are stored, all others in float32.
 
-        Raises Corrupt or NumericalError naming one that is not of floats, or not finite.
+        Raises Corrupt or NonFiniteModel naming one that is not of floats, or not finite.
         """
         names = list(names)
         kinds, floats = self.encodings(names), {}
@@ -279,9 +279,9 @@ class Weights:
                 tensor = opened.get_tensor(name)
             if not tensor.is_floating_point():
                 raise Corrupt(f"{self.files[name]}: {name} is {tensor.dtype}; expected floats")
-            require_finite(self.files[name], name, tensor)
             if name in kinds:
                 encoded[name] = EncodedTensor(kinds[name], tensor)
             else:
-                floats[name] = tensor.float()
+                tensor = floats[name] = tensor.float()
+            require_finite(self.files[name], name, tensor)
         return floats, encoded

@@ -112,7 +112,8 @@ def test_a_model_that_is_not_finite_is_refused_by_the_tensor_before_anything_is_
     ):
         run.apply(recipe, tmp_path / "run", store, Reporter(say=said.append))
     assert said == [f"opening {tmp_path / 'model'}"]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["baseline"] is None
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (written["baseline"], written["status"], written["exit_code"]) == (None, "error", 4)
 
 
 def test_a_calibration_smaller_than_the_channels_is_told_in_the_terminal_and_the_report(place, store, tmp_path):

@@ -3,6 +3,7 @@
 import gc
 import json
 import random
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -333,3 +334,16 @@ def test_the_plan_counts_the_memory_of_two_blocks():
     assert sizes[1] > 5 * sizes[0] and abs(sizes[3] - sizes[2]) < 0.001 * sizes[2] and sizes[2] < sizes[0]
     untied = Facts.from_config(CONFIG | {"tie_word_embeddings": False})
     assert plan._memory_bytes(streamed, untied, streamed.steps[0]) == sizes[2]  # of two such matrices one is in memory
+
+
+def test_floats_of_8_bits_are_read_as_the_whole_model_reads_them(place, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(place / "model", tmp_path / "model")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file, metadata={"format": "pt"})
+    whole, streamed = (source.load(str(tmp_path / "model"), streaming=streaming) for streaming in (False, True))
+    assert torch.equal(whole.parameter(name), streamed.parameter(name))
