@@ -12,8 +12,10 @@ from compress import artifact, plan
 from compress.cli import _plan_lines
 from compress.decisions import minimum_detectable
 from compress.interfaces import Context
+from compress.plugin import step
 from compress.recipe import load
 from compress.recipe_data import requests
+from compress.scarcity import scarcity
 from tests.recipes import CONFIG, HEAD, SMOL, recipe, refusal
 from tests.tiny import tiny_model
 
@@ -280,3 +282,27 @@ def test_the_plan_counts_what_gradients_take() -> None:
     mixed, gptq = (recipe(f"  - quantize.{name}: {{}}\n") for name in ("mixed", "gptq"))
     more = plan._memory_bytes(mixed, SMOL, mixed.steps[0]) - plan._memory_bytes(gptq, SMOL, gptq.steps[0])
     assert more == left - 30 * 4 * 576**2 + 4 * sum(n * m for n, m in SMOL.linears.values())
+
+
+@pytest.mark.parametrize(
+    "name,fields,reader",
+    [
+        ("quantize.gptq", {}, "mlp.down_proj"),
+        ("quantize.gptq", {"layers": ["*.k_proj"]}, "self_attn.q_proj"),  # they share their input
+        ("quantize.gptq", {"keep": {"*.down_proj": "fp32", "*.mlp.*": "fp32"}}, "self_attn.q_proj"),
+        ("quantize.awq", {"layers": ["*.up_proj"]}, "mlp.gate_proj"),
+        ("prune.sparsegpt", {"sparsity": 0.5, "layers": {"*.down_proj": 0.0}}, "self_attn.q_proj"),
+        ("prune.neurons", {"fraction": 0.25}, "mlp.down_proj"),
+        ("prune.neurons", {"fraction": 0.0}, None),
+        ("prune.layers", {"count": 0, "update": "stream"}, None),
+        ("prune.hidden", {"fraction": 0.1, "update": False}, None),
+    ],
+)
+def test_what_is_scarce_is_told_of_what_the_step_solves(name, fields, reader):
+    chosen = step(name)(**fields)
+    said = scarcity(chosen, SMOL, 400)
+    assert (f"input channels of model.layers.0.{reader}: " in said) if reader else said == ""
+    enough = 1536 if reader == "mlp.down_proj" else 576
+    share = 1 + getattr(chosen, "random_tokens", 0)
+    assert scarcity(chosen, SMOL, enough / share) == ""
+    assert bool(scarcity(chosen, SMOL, (enough - 1) / share)) == (reader is not None)

@@ -144,7 +144,7 @@ class Gptq(WeightQuantization):
                 hessian.add(X)
             H, tokens = hessian.matrix, hessian.tokens
             note_silence(context, names[0], H.diagonal())
-            if tokens < len(H) and block.index == 0:
+            if tokens < len(H) and block.index == 0 and any(f"{name}.weight" in chosen for name in names):
                 context.notes.append(f"{names[0]}: {tokens} calibration tokens for {len(H)} input channels")
             drift = _drift(before, inputs[: len(before)]).mul_(self.error_propagation) if before else None
             del before, hessian
