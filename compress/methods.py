@@ -30,12 +30,14 @@ def taken(step: str, kept: bool = False) -> tuple[str, ...]:
 def refusal(step: str, encoding: str, kept: bool = False) -> str | None:
     """Why a step does not take an encoding, and what does; None where it does, and for names of no encoding.
 
+    None, too, for steps that are not in the table, those of plug-ins: they judge their encodings themselves.
+
     >>> refusal("quantize.rtn", "q8_0")
     'q8_0 is int8 in groups of 32, by the name of GGUF; write int8, with group_size: 32'
     >>> refusal("quantize.ggml", "int8")
     'int8 in groups of 32 is q8_0 in GGUF; write q8_0'
     """
-    if encoding in taken(step, kept) or encoding not in (*NAMES, *GGML_NAMES):
+    if step not in STORES or encoding not in (*NAMES, *GGML_NAMES) or encoding in taken(step, kept):
         return None
     if step == "quantize.ggml":
         return _refused_by_ggml(encoding)

@@ -1,5 +1,7 @@
 """Every quantization step with every encoding: what `compress ls` lists applies, the rest is refused with why."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -8,6 +10,7 @@ from compress import methods, plugin
 from compress.encodings import GGML_BLOCKS, GGML_NAMES, NAMES, EncodedTensor
 from compress.errors import RecipeError
 from compress.interfaces import Context
+from compress.steps.quantize.rtn import RoundToNearest
 from tests.recipes import recipe
 from tests.tiny import tiny_model
 
@@ -95,3 +98,12 @@ def test_mixed_precision_refuses_what_its_method_does_not_take():
         recipe(asked)
     with pytest.raises(RecipeError, match=r"method: quantize.hqq chooses integer codes, not mxfp4's"):
         recipe(asked.replace("nf4", "int8").replace("}", ", embeddings: mxfp4}"))
+
+
+def test_a_plug_in_that_builds_on_a_step_judges_its_encodings_itself():
+    class Mine(RoundToNearest):
+        name: ClassVar[str] = "quantize.mine"
+
+    assert Mine.model_validate({"encoding": "int4"}).encoding == "int4"
+    with pytest.raises(ValidationError):
+        Mine.model_validate({"encoding": "q4_0"})
