@@ -33,7 +33,7 @@ class WeightPruning(Step):
     weight, linearly in its logarithm: where that rises with sparsity alike in all blocks, as it nearly does, this is
     how the sum of their KL is least (Lagrange). Sparsities of blocks differ by at most 2 · `spread`. Linears named
     under `layers` keep what is written there and take no part, neither pruned while measuring nor counted; the others
-    lose `sparsity` of all their weights together, rounded down, and what an earlier step pruned counts.
+    lose `sparsity` of all their weights together, to less than one weight per compared set, earlier masks counted.
     """
 
     masks: ClassVar[bool] = True

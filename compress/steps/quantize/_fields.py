@@ -32,9 +32,10 @@ class WeightQuantization(Step):
 
     group_size: input channels per scale, or "channel" for one scale per row (mxfp4 and iq4_nl always have
     their own 32). symmetric: whether integer codes go without zero points; codebooks always do. layers: globs over
-    module names; the linears of the blocks that none matches stay as they are, for a later step perhaps. keep: glob
-    over module names → encoding ("fp32" leaves them as they are); the last match wins. A glob that matches no linear
-    of the blocks may name the token embedding or the output head: a tied head has the encoding of its embedding.
+    module names; the linears of the blocks that none matches stay floats, for a later step perhaps (awq and smoothquant
+    move factors into their weights). keep: glob over module names → encoding ("fp32" leaves them as they are); the last
+    match wins. A glob that matches no linear of the blocks may name the token embedding or the output head: a tied head
+    has the encoding of its embedding.
     embeddings: encoding of these two where `keep` names them not, rounded to nearest (but see quantize.gptq); null
     leaves them in float32.
     """
