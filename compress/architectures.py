@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -132,6 +132,15 @@ class Facts:
             f"{stack.blocks}.0.{name}": self.size(axis)
             for name, axis in firsts.items()
             if axis in (axes or firsts.values())
+        }
+
+    def inputs_of(self, tensors: Collection[str]) -> dict[str, int]:
+        """`inputs`, but of the stages alone to which, in any block, one of these tensors belongs."""
+        return {
+            f"{stack.blocks}.0.{stage[0]}": self.size(stack.linears[stage[0]][1])
+            for stack in self.stacks
+            for stage in stack.stages
+            if any(f"{stack.blocks}.{i}.{name}.weight" in tensors for i in range(stack.layers) for name in stage)
         }
 
     @property

@@ -165,6 +165,7 @@ class Step(Plugin, ABC):
     streams: ClassVar[bool] = False  # takes block by block, each once, so that a model larger than memory will do
     classifiers: ClassVar[bool] = False  # takes models with a classification head, too
     takes_pairs: ClassVar[bool] = False  # takes models that read one text and write another, too
+    twins: ClassVar[bool] = False  # keeps a copy of the model as it was; where fields decide, a property
     uses_calibration: ClassVar[bool] = False  # where fields decide, a property
     uses_selection: ClassVar[bool] = False
 
@@ -196,13 +197,21 @@ class Step(Plugin, ABC):
         return 0
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
-        """Second moments between input channels that are held at once to solve with: reader → channels; mostly none."""
+        """Second moments between input channels that are held at once: reader → channels; mostly none."""
         return {}
+
+    def solved(self, facts: Facts) -> Mapping[str, int]:
+        """Inputs that weights are fitted to, of which more tokens are needed than channels; by default `hessians`."""
+        return self.hessians(facts)
+
+    def tokens_read(self, tokens: float) -> float:
+        """Of so many calibration tokens, with those that the step adds to them."""
+        return tokens
 
     def state_bytes(self, facts: Facts, tokens: float) -> float:
         """What is held at once of so many calibration tokens: by default the states that enter a block and leave it."""
         copies = 3.3 if self.uses_calibration and not self.recovers else 0.0  # 2.8 to 3.3 measured: some lies free
-        return copies * 4 * facts.sizes["residual"] * tokens
+        return copies * 4 * facts.sizes["residual"] * self.tokens_read(tokens)
 
     def facts_after(self, facts: Facts) -> Facts:
         """What will be known of the model once this step has changed its shapes."""

@@ -215,7 +215,7 @@ def _memory_bytes(recipe: Recipe, facts: Facts, entry: StepEntry, tokens: float 
     total += max(4 * rows * facts.vocabulary, *(_calibration_bytes(step, facts, tokens) for step in entry.attempts))
     if any(step.recovers for step in entry.attempts):
         total += 3 * weights
-    if any(getattr(step, "update", None) == "stream" for step in entry.attempts):
+    if any(step.twins for step in entry.attempts):
         total += weights
     if kept := max(step.gradient_bytes(facts) for step in entry.attempts):
         residual, mlp = facts.sizes["residual"], facts.sizes["mlp"]
@@ -230,8 +230,7 @@ def _calibration_bytes(step: Step, facts: Facts, tokens: float) -> int:
         return 0
     squares = [m**2 for m in step.hessians(facts).values()] or [0]
     moments = max(sum(squares) + 4 * max(squares), 2 * max(m for _, m in facts.linears.values()) ** 2)
-    models = 2 if getattr(step, "update", None) == "stream" else 1
-    return round(4 * moments + models * step.state_bytes(facts, tokens * (1 + getattr(step, "random_tokens", 0))))
+    return round(4 * moments + (2 if step.twins else 1) * step.state_bytes(facts, tokens))
 
 
 def _memory_warning(recipe: Recipe, facts: Facts, tokens: float = 0) -> Iterator[str]:

@@ -8,6 +8,7 @@ import torch
 from compress import refusals
 from compress.errors import RecipeError
 from compress.interfaces import Context
+from compress.numerics.hessian import Hessian
 from compress.plugin import step
 from tests.recipes import SMOL, recipe
 from tests.tiny import tiny_model
@@ -49,6 +50,23 @@ def test_a_step_leaves_the_linears_that_no_pattern_matches_as_they_are(method):
     if method not in ("awq", "smoothquant"):  # which move factors between linears
         for name in before.facts.linears.keys() - {n.removesuffix(".weight") for n in taken}:
             assert torch.equal(model.parameter(f"{name}.weight"), before.parameter(f"{name}.weight"))
+
+
+@pytest.mark.parametrize(
+    "name,fields",
+    [
+        ("quantize.gptq", {"layers": ["*.1.mlp.*"], "keep": {"*.down_proj": "fp16"}}),
+        ("quantize.awq", {"layers": ["*.1.mlp.up_proj"], "alphas": 2}),
+        ("prune.sparsegpt", {"sparsity": 0.5, "layers": {"*": 0.0, "*.1.mlp.up_proj": 0.25}}),
+    ],
+)
+def test_second_moments_are_summed_of_the_inputs_alone_that_weights_are_fitted_to(name, fields, monkeypatch):
+    chosen, model, summed = step(name)(**fields), tiny_model(), set()
+    own = Hessian.add
+    monkeypatch.setattr(Hessian, "add", lambda self, X: (summed.add(self._name), own(self, X))[1])
+    chosen.apply(model, Context(seed=0, calibration=WINDOWS))
+    assert summed == {"model.layers.1.mlp.gate_proj"}  # the first of the linears that share that input
+    assert chosen.hessians(model.facts) == chosen.solved(model.facts) == {"model.layers.0.mlp.gate_proj": 32}
 
 
 @pytest.mark.parametrize("method", FIELDS)

@@ -61,6 +61,15 @@ class Removal(Step):
         """Whether scores by this criterion add; others are norms, of which the squares do."""
         return self.criterion in ("wanda", "taylor")
 
+    @property
+    def twins(self) -> bool:  # type: ignore[override]
+        """Whether the model as it was says what the stream should be."""
+        return self.update == "stream"
+
+    def tokens_read(self, tokens: float) -> float:
+        """With those drawn at random."""
+        return tokens * (1 + self.random_tokens)
+
     def gradient_bytes(self, facts: Facts) -> int:
         """Of every block, second moments of W's output (`fisher`), or scores, at most of each channel (`taylor`)."""
         kept = {"fisher": facts.sizes["residual"] ** 2, "taylor": facts.sizes["mlp"]}

@@ -64,7 +64,7 @@ class Heads(Removal):
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
         """That of the linear that is set anew."""
-        return {} if self.update == "none" else facts.inputs("q")
+        return {} if self.update == "none" or self.facts_after(facts) == facts else facts.inputs("q")
 
     def facts_after(self, facts: Facts) -> Facts:
         """The same model with fewer heads."""

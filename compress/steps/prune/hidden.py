@@ -63,9 +63,15 @@ class Hidden(Step):
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
         """Of every norm of the residual stream, at once."""
+        if self.facts_after(facts) == facts:
+            return {}
         arch, width = facts.architecture, facts.sizes["residual"]
         blocks = {f"{arch.blocks}.{i}.{norm}": width for i in range(facts.layers) for norm in arch.block_norms}
         return {**blocks, arch.final_norm: width}
+
+    def solved(self, facts: Facts) -> Mapping[str, int]:
+        """None without an update: the others only measure."""
+        return self.hessians(facts) if self.update else {}
 
     def facts_after(self, facts: Facts) -> Facts:
         """The same model with a narrower residual stream."""

@@ -40,6 +40,11 @@ class Layers(Step):
     update: Literal["none", "stream"] = "none"
     ridge: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
 
+    @property
+    def twins(self) -> bool:  # type: ignore[override]
+        """Whether the model as it was says what the stream should be."""
+        return self.update == "stream"
+
     def check(self, facts: Facts) -> None:
         """Refuse to remove every block, and an update that a norm makes meaningless."""
         from compress.steps.prune._structure import refuse_post_norms
@@ -52,7 +57,7 @@ class Layers(Step):
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
         """That of the linear that is set anew."""
-        return {} if self.update == "none" else facts.inputs("mlp")
+        return {} if self.update == "none" or self.facts_after(facts) == facts else facts.inputs("mlp")
 
     def facts_after(self, facts: Facts) -> Facts:
         """The same model with fewer blocks."""

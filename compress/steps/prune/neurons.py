@@ -52,7 +52,7 @@ class Neurons(Removal):
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
         """That of the linear that is set anew."""
-        return {} if self.update == "none" else facts.inputs("mlp")
+        return {} if self.update == "none" or self.facts_after(facts) == facts else facts.inputs("mlp")
 
     def facts_after(self, facts: Facts) -> Facts:
         """The same model with narrower MLPs."""

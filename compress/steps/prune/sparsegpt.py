@@ -38,8 +38,8 @@ class Sparsegpt(WeightPruning):
     dampening: float = Field(0.01, gt=0, lt=1, allow_inf_nan=False)
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
-        """Of every input of a block at once."""
-        return facts.inputs()
+        """Of every input of a block that a linear with a target reads, at once."""
+        return facts.inputs_of(self.masked(facts))
 
     def apply(self, model: Model, context: Context) -> None:
         """Prune and update in place; each mask lands in `model.masks`."""
@@ -59,12 +59,13 @@ class Sparsegpt(WeightPruning):
         from compress.numerics.hessian import Hessian
 
         dead = 0
-        hessians = {names: Hessian(block.linears[names[0]].in_features, names[0]) for names in block.stages}
-        block.observe(lambda names, X: hessians[names].add(X))
+        wanted = {names: [t for t in (f"{name}.weight" for name in names) if targets[t]] for names in block.stages}
+        hessians = {names: Hessian(block.linears[names[0]].in_features, names[0]) for names in wanted if wanted[names]}
+        block.observe(lambda names, X: hessians[names].add(X) if names in hessians else None)
         for names, hessian in hessians.items():
             H = hessian.matrix
-            dead += int((H.diagonal() == 0).sum()) * len(names)
-            for tensor in (f"{name}.weight" for name in names):
+            dead += int((H.diagonal() == 0).sum()) * len(wanted[names])
+            for tensor in wanted[names]:
                 self._prune(model, tensor, H, targets[tensor])
         return dead
 
@@ -72,8 +73,6 @@ class Sparsegpt(WeightPruning):
         from compress.numerics.sparsegpt import sparsify
         from compress.steps.prune._record import record_mask, require_finite
 
-        if target == 0:
-            return
         W = require_finite(model.parameter(tensor).detach(), tensor, self.name)
         try:
             new, mask = sparsify(W, H, target, self.dampening, model.masks.get(tensor))

@@ -37,6 +37,8 @@ class Wanda(WeightPruning):
             norms = channel_norms(block)
             for module, linear in block.linears.items():
                 tensor = f"{module}.weight"
+                if not targets[tensor]:
+                    continue
                 dead += int((norms[module] == 0).sum())
                 scores = require_finite(wanda_scores(linear.weight.detach(), norms[module]), tensor, self.name)
                 record_mask(model, tensor, keep(scores, targets[tensor], model.masks.get(tensor)))

@@ -41,8 +41,8 @@ class Awq(WeightQuantization):
     range: Literal["minmax", "mse"] = "mse"
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
-        """Of every input of a block at once."""
-        return facts.inputs()
+        """Of every input of a block that a chosen linear reads, at once."""
+        return facts.inputs_of(self.encodings(facts))
 
     def apply(self, model: Model, context: Context) -> None:
         """Scale and round every block in turn, each fed by the rounded ones before it, then the embeddings."""
@@ -51,8 +51,10 @@ class Awq(WeightQuantization):
         chosen = self.encodings(model.facts)
         refuse_encoded(model, chosen)
         for block in walk(model, context.calibration, context.progress):
-            moments = _second_moments(block, context)
+            moments = _second_moments(block, context, chosen)
             for source, readers in model.facts.folds(block.index):
+                if readers[0] not in moments:
+                    continue
                 if held := fixed(model, source, readers, chosen):
                     context.notes.append(f"{source}: not scaled, since {held} is stored in an encoding already")
                     continue
@@ -61,7 +63,7 @@ class Awq(WeightQuantization):
                 for name in readers:
                     moments[name] = moments[name] / s.outer(s)
             for name in block.linears:
-                self._round(model, f"{name}.weight", chosen, moments[name].diagonal())
+                self._round(model, f"{name}.weight", chosen, moments[name].diagonal() if name in moments else None)
         for tensor in [t for t in chosen if t.removesuffix(".weight") not in model.facts.linears]:
             self._round(model, tensor, chosen, None)
 
@@ -117,12 +119,13 @@ def output_error(W: Tensor, s: Tensor, H: Tensor, encoding: Encoding) -> float:
     return float((E @ H).mul_(E).sum())
 
 
-def _second_moments(block: Block, context: Context) -> dict[str, Tensor]:
-    """Σ xxᵀ over the calibration tokens, (m, m), per linear; those of a stage share one."""
+def _second_moments(block: Block, context: Context, chosen: Mapping[str, Encoding]) -> dict[str, Tensor]:
+    """Σ xxᵀ over the calibration tokens, (m, m), per linear; those of a stage, of which one is chosen, share one."""
     from compress.numerics.hessian import Hessian
 
-    hessians = {names: Hessian(block.linears[names[0]].in_features, names[0]) for names in block.stages}
-    block.observe(lambda names, X: hessians[names].add(X))
+    stages = [names for names in block.stages if any(f"{name}.weight" in chosen for name in names)]
+    hessians = {names: Hessian(block.linears[names[0]].in_features, names[0]) for names in stages}
+    block.observe(lambda names, X: hessians[names].add(X) if names in hessians else None)
     for names, hessian in hessians.items():
         note_silence(context, names[0], hessian.matrix.diagonal())
         if block.index == 0 and hessian.tokens < len(hessian.matrix):

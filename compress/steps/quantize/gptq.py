@@ -64,10 +64,10 @@ class Gptq(WeightQuantization):
     refinement: int = Field(0, ge=0)
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
-        """That of the widest input: the stages of a block take turns."""
-        found = facts.inputs()
-        widest = max(found, key=found.__getitem__)
-        return {widest: found[widest]}
+        """That of the widest input that is solved for: the stages of a block take turns."""
+        found = facts.inputs_of(_coded(self.encodings(facts)))
+        widest = max(found, key=found.__getitem__, default="")
+        return {widest: found[widest]} if found else {}
 
     def state_bytes(self, facts: Facts, tokens: float) -> float:
         """A block's states and the inputs of its stages, and for the tokens carried the same of the model as it was."""
@@ -135,7 +135,11 @@ class Gptq(WeightQuantization):
     def _quantize_block(self, model: Model, block: Block, chosen: Mapping[str, Encoding], context: Context) -> None:
         from compress.numerics.hessian import Hessian
 
+        coded = _coded(chosen)
         for names, inputs in block.stages_in_turn(last=True):
+            if not any(f"{name}.weight" in coded for name in names):
+                self._quantize_stage(model, names, chosen, None)
+                continue
             hessian, before = Hessian(block.linears[names[0]].in_features, names[0]), block.originals.pop(names[0], [])
             for X in inputs[: len(before)]:
                 hessian.add(X)
@@ -144,16 +148,16 @@ class Gptq(WeightQuantization):
                 hessian.add(X)
             H, tokens = hessian.matrix, hessian.tokens
             note_silence(context, names[0], H.diagonal())
-            if tokens < len(H) and block.index == 0 and any(f"{name}.weight" in chosen for name in names):
+            if tokens < len(H) and block.index == 0:
                 context.notes.append(f"{names[0]}: {tokens} calibration tokens for {len(H)} input channels")
             drift = _drift(before, inputs[: len(before)]).mul_(self.error_propagation) if before else None
             del before, hessian
             self._quantize_stage(model, names, chosen, Moments(H, drift, seen))
 
     def _quantize_stage(
-        self, model: Model, names: tuple[str, ...], chosen: Mapping[str, Encoding], moments: Moments
+        self, model: Model, names: tuple[str, ...], chosen: Mapping[str, Encoding], moments: Moments | None
     ) -> None:
-        """Solve linears that share an input and an encoding as one stacked matrix."""
+        """Solve linears that share an input and an encoding as one stacked matrix; moments: None if none is coded."""
         import torch
 
         by_encoding: dict[Encoding, list[str]] = {}
@@ -162,7 +166,7 @@ class Gptq(WeightQuantization):
                 by_encoding.setdefault(chosen[tensor], []).append(tensor)
         for encoding, tensors in by_encoding.items():
             weights = [model.parameter(t).detach() for t in tensors]
-            if not encoding.is_coded:
+            if moments is None or not encoding.is_coded:
                 for t, W in zip(tensors, weights):
                     model.store(t, round_to_nearest(t, W, encoding, search=False))
                 continue
@@ -261,6 +265,11 @@ def solve(
         H.diagonal().add_(dampening * float(moments.H.diagonal().mean()))
         found = refine(W[:, back], H, found, mask, refinement)
     return found
+
+
+def _coded(chosen: Mapping[str, Encoding]) -> set[str]:
+    """The tensors that are solved for; floats are rounded."""
+    return {tensor for tensor, encoding in chosen.items() if encoding.is_coded}
 
 
 def _revived(H: Tensor) -> Tensor:
