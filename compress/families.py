@@ -108,6 +108,14 @@ _BERT_DEFAULTS = {"hidden_act": "gelu", "type_vocab_size": 2}
 _CAPS = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}  # Gemma 2's
 # Activations by one name each; Gemma's first configs say "gelu", and mean the approximation.
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+# What transformers' modules call the sizes that they keep a second time, beside the config.
+REMEMBERED = {
+    "residual": ("hidden_size", "embed_dim", "dim"),
+    "q": ("split_size", "all_head_size"),
+    "heads": ("num_heads", "n_heads", "num_attention_heads"),
+    "kv_heads": ("num_key_value_heads",),
+    "groups": ("num_key_value_groups",),  # query heads of each key/value head
+}
 SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of blocks, in transformers' words
 
 
@@ -153,6 +161,11 @@ class Architecture:
     def norms(self) -> tuple[str, ...]:
         """Every norm of a block that is as wide as the residual stream."""
         return (*self.block_norms, *self.post_norms.values())
+
+    @property
+    def splits_width(self) -> bool:
+        """Whether a head is as wide as the width divided by the number of heads, since configs cannot say otherwise."""
+        return "head_size" not in self.keys
 
     def offset(self, tensor: str) -> float:
         """What is added to a tensor before a norm multiplies by it; 0 for all that is no norm's gain."""

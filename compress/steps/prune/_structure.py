@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import RecipeError
+from compress.families import REMEMBERED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,9 +67,39 @@ def _stacked(facts: Facts, axes: tuple[str, ...], kept: Mapping[str, Tensor]) ->
     return torch.cat(parts)
 
 
-def refuse_without_head_size(facts: Facts, step: str) -> None:
+def kept_heads(before: Facts, after: Facts, worth: Tensor, adding: bool) -> dict[str, Tensor]:
+    """Of a block's query heads with this worth (heads,), channels of those that stay, and of keys and values, by axis.
+
+    adding: whether worth adds over the heads of a group; else its squares do.
+    """
+    from compress.numerics.neurons import highest_groups, with_neighbours
+
+    kv, q = highest_groups(worth.view(before.kv_heads, -1), after.kv_heads, after.heads // after.kv_heads, adding)
+    return {"q": with_neighbours(q, before.head_size), "kv": with_neighbours(kv, before.head_size)}
+
+
+def remember(module: nn.Module, facts: Facts) -> None:
+    """Let every transformers module inside know of the widths and counts that it keeps beside the config."""
+    found = {**facts.sizes, "heads": facts.heads, "kv_heads": facts.kv_heads, "groups": facts.heads // facts.kv_heads}
+    part: Any
+    for part in module.modules():
+        for entry, names in REMEMBERED.items():
+            for name in names:
+                if hasattr(part, name):
+                    setattr(part, name, found[entry])
+
+
+def tell(config: Any, facts: Facts) -> None:
+    """Write widths and counts into a transformers config, those that it would have computed from others, too."""
+    found = {**facts.sizes, "heads": facts.heads, "kv_heads": facts.kv_heads, "head_size": facts.head_size}
+    for entry, key in facts.architecture.keys.items():
+        if entry in found:
+            setattr(config, key, found[entry])
+
+
+def refuse_split_width(facts: Facts, step: str) -> None:
     """Raise RecipeError where a head's size always is the width divided by the number of heads."""
-    if "head_size" not in facts.architecture.keys:
+    if facts.architecture.splits_width:
         raise RecipeError(
             f"{step}: the config of a {facts.architecture.model_type} cannot say that heads and width no longer "
             "divide as they did; use prune.neurons or prune.layers"

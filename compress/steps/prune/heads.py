@@ -40,11 +40,11 @@ class Heads(Removal):
 
     def check(self, facts: Facts) -> None:
         """Refuse counts that leave no head, or groups of unequal size."""
-        from compress.steps.prune._structure import refuse_without_head_size
+        from compress.steps.prune._structure import refuse_split_width
 
         self.check_update(facts)
         if self.groups or self.queries:
-            refuse_without_head_size(facts, self.name)
+            refuse_split_width(facts, self.name)
         groups, per_group = facts.kv_heads - self.groups, facts.heads // facts.kv_heads
         if groups < 1:
             remedy = f"use at most {facts.kv_heads - 1}" if facts.kv_heads > 1 else "leave groups out"
@@ -78,7 +78,7 @@ class Heads(Removal):
     def apply(self, model: Model, context: Context) -> None:
         """Cut every block in place, then the config."""
         from compress.steps.prune._removal import summed
-        from compress.steps.prune._structure import reader_of, refuse_unready
+        from compress.steps.prune._structure import reader_of, refuse_unready, tell
 
         self.check(model.facts)
         before, after = model.facts, self.facts_after(model.facts)
@@ -89,13 +89,14 @@ class Heads(Removal):
         felt = self.felt(model, context, reader, before.head_size)
         part: Any
         config = model.module.config
-        smaller = _with_heads(copy.deepcopy(config), before, after)
+        smaller = copy.deepcopy(config)
+        tell(smaller, after)
         for block, name, sums in summed(model, context, self, reader):
             self._cut(before, after, block, name, sums, felt[block.index])
             for part in block.module.modules():
                 if hasattr(part, "config"):  # some read their counts there, while later blocks still have them all
                     part.config = smaller
-        _with_heads(config, before, after)
+        tell(config, after)
         for part in model.module.modules():
             if getattr(part, "config", None) is smaller:
                 part.config = config
@@ -107,30 +108,14 @@ class Heads(Removal):
 
     def _cut(self, before: Facts, after: Facts, block: Block, name: str, sums: Sums, felt: Tensor | None) -> None:
         """Choose heads by the moments of the inputs of the linear that reads them, then cut those of the attention."""
-        from compress.numerics.neurons import highest_groups, with_neighbours
         from compress.steps.prune._record import require_finite
         from compress.steps.prune._removal import refit
-        from compress.steps.prune._structure import select_axis
+        from compress.steps.prune._structure import kept_heads, remember, select_axis
 
         linear = block.linears[name]
         scores = self.scores(linear.weight.detach(), sums[0], felt, before.head_size)
-        worth = require_finite(scores, f"{name}.weight", self.name)
-        per_group = after.heads // after.kv_heads
-        kv, q = highest_groups(worth.view(before.kv_heads, -1), after.kv_heads, per_group, self.adding)
-        kept = with_neighbours(q, before.head_size)
+        kept = kept_heads(before, after, require_finite(scores, f"{name}.weight", self.name), self.adding)
         if self.update != "none":
-            refit(self.name, name, linear, sums, kept, self.ridge)
-        select_axis(before, block.module, {"q": kept, "kv": with_neighbours(kv, before.head_size)})
-        part: Any  # transformers keeps the counts a second time
-        for part in block.module.modules():
-            if hasattr(part, "num_key_value_groups"):
-                part.num_key_value_groups = after.heads // after.kv_heads
-            if hasattr(part, "num_key_value_heads"):
-                part.num_key_value_heads = after.kv_heads
-
-
-def _with_heads(config: Any, before: Facts, after: Facts) -> Any:
-    """A config that says how many heads there are, itself."""
-    config.head_dim = before.head_size  # no longer hidden_size / num_attention_heads
-    config.num_attention_heads, config.num_key_value_heads = after.heads, after.kv_heads
-    return config
+            refit(self.name, name, linear, sums, kept["q"], self.ridge)
+        select_axis(before, block.module, kept)
+        remember(block.module, after)

@@ -45,10 +45,10 @@ class Hidden(Step):
 
     def check(self, facts: Facts) -> None:
         """Refuse a fraction that removes no channel; 0 is allowed, and changes nothing."""
-        from compress.steps.prune._structure import refuse_without_head_size
+        from compress.steps.prune._structure import refuse_split_width
 
         if self.fraction > 0:
-            refuse_without_head_size(facts, self.name)
+            refuse_split_width(facts, self.name)
         if self.fraction > 0 and facts.architecture.scaled_embedding:
             raise RecipeError(
                 f"{self.name}: a {facts.architecture.model_type} multiplies its embedding by the root of the width, "
