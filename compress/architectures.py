@@ -70,6 +70,7 @@ class Facts:
             sizes["distances"] = config["relative_attention_num_buckets"]
         if isinstance(arch, Encoder):
             sizes |= {"positions": context, "types": config.get("type_vocab_size", 0), "labels": len(labels)}
+            sizes["pooled"] = residual
             if arch.padded_positions:
                 if config["pad_token_id"] is None:
                     raise RecipeError(f"{arch.model_type} counts positions from pad_token_id on, which is null; set it")
@@ -163,7 +164,7 @@ class Facts:
         found = {f"{name}.weight": shape for name, shape in self.linears.items()}
         found[self.embedding_tensor] = (self.vocabulary, self.sizes["residual"])
         if isinstance(self.architecture, Encoder):
-            outside = {**self.architecture.outside, self.architecture.head: ("labels", "residual")}
+            outside = {**self.architecture.outside, self.architecture.head: ("labels", "pooled")}
             return found | {f"{name}.weight": (self.sizes[n], self.sizes[m]) for name, (n, m) in outside.items()}
         if not self.tied:
             found[f"{self.architecture.head}.weight"] = (len(self.labels) or self.vocabulary, self.sizes["residual"])
@@ -180,7 +181,7 @@ class Facts:
             found += (self.encoder_layers * len(arch.encoder_norms) + 1) * width
             found += 2 * self.sizes["distances"] * self.heads  # a bias of either half
         if isinstance(arch, Encoder):
-            found += width + len(self.labels)  # biases of pooler and head
+            found += self.sizes["pooled"] + len(self.labels)  # biases of pooler and head
         elif arch.positions is not None:
             found += self.context_length * width
         return found
@@ -214,6 +215,21 @@ class Facts:
             if self.sizes[out] == self.sizes[self.axes(readers[0])[1]]:
                 found.append((f"{prefix}.{source}", tuple(f"{prefix}.{name}" for name in readers)))
         return found
+
+    @cached_property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """Norm → linears that read the residual stream behind it, by full names, in the order of computation.
+
+        Of one stack of blocks: an encoder-decoder has two.
+        """
+        arch = self.architecture
+        blocks = [f"{arch.blocks}.{i}" for i in range(self.layers)]
+        norms = [f"{block}.{norm}" for block in blocks for norm in arch.block_norms]
+        reading = [stage for stage in arch.stages if arch.linears[stage[0]][1] == "residual"]
+        stages = [tuple(f"{block}.{name}" for name in stage) for block in blocks for stage in reading]
+        if isinstance(arch, Encoder):  # each norm stands behind a sum
+            return dict(zip([arch.final_norm, *norms], [*stages, (arch.pooler,)], strict=True))
+        return dict(zip([*norms, arch.final_norm], [*stages, (arch.head,)], strict=True))
 
     @property
     def parameters(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 # Sizes of a tensor's axes, by symbol; `Facts` computes them from a config.
 # residual: the hidden state. q, kv: query and key/value heads times head size. mlp: the MLP's inner width.
-# positions, types, labels: rows of an encoder's matrices outside its blocks.
+# positions, types, labels: rows of an encoder's matrices outside its blocks; pooled: what its pooler makes.
 # qkv and gate_up are stacked: several axes in one, in the order in which the fused linear holds them.
 STACKED = {"qkv": ("q", "kv", "kv"), "gate_up": ("mlp", "mlp")}
 _LLAMA_LINEARS = {
@@ -163,6 +163,11 @@ class Architecture:
         return (*self.block_norms, *self.post_norms.values())
 
     @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The embeddings that are added up to the residual stream."""
+        return (self.embedding, self.positions) if self.positions else (self.embedding,)
+
+    @property
     def splits_width(self) -> bool:
         """Whether a head is as wide as the width divided by the number of heads, since configs cannot say otherwise."""
         return "head_size" not in self.keys
@@ -240,6 +245,11 @@ class Encoder(Architecture):
     outside: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     padded_positions: bool = False  # positions count from pad_token_id + 1 on, and padding has none
 
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Those of words and positions, and that of types where there is one."""
+        return (*super().embeddings, self.types) if self.types else super().embeddings
+
 
 def _bert_like(model_type: str, pooler: str, head: str, **differences: Any) -> Encoder:
     attention, out, up, down = "attention.self", "attention.output.dense", "intermediate.dense", "output.dense"
@@ -270,7 +280,7 @@ def _bert_like(model_type: str, pooler: str, head: str, **differences: Any) -> E
         outside={
             f"{model_type}.embeddings.position_embeddings": ("positions", "residual"),
             f"{model_type}.embeddings.token_type_embeddings": ("types", "residual"),
-            pooler: ("residual", "residual"),
+            pooler: ("pooled", "residual"),
         },
     )
     return replace(same, **differences)
@@ -307,7 +317,7 @@ _DISTILBERT = Encoder(
     pooling="Relu",
     outside={
         "distilbert.embeddings.position_embeddings": ("positions", "residual"),
-        "pre_classifier": ("residual", "residual"),
+        "pre_classifier": ("pooled", "residual"),
     },
 )
 _ENCODERS = (

@@ -35,7 +35,7 @@ WINDOWS = [[5, 6, 7, 8, 9, 10], [200] * 3 + list(range(40, 97)), [3], [1, 2]]  #
 STEPS = (
     "quantize.rtn", "quantize.gptq", "quantize.awq", "quantize.hqq", "quantize.cast", "quantize.smoothquant",
     "prune.magnitude", "prune.wanda", "prune.sparsegpt", "prune.neurons", "prune.heads", "prune.layers",
-    "distill.logits",
+    "prune.hidden", "distill.logits",
 )  # fmt: skip
 NOTHING = {
     "prune.magnitude": {"sparsity": 0.0},
@@ -44,6 +44,7 @@ NOTHING = {
     "prune.neurons": {"fraction": 0.0},
     "prune.heads": {},
     "prune.layers": {"count": 0},
+    "prune.hidden": {"fraction": 0.0},
 }
 REFUSED = {("gpt2", "prune.heads"): "the config of a gpt2 cannot say"}
 
@@ -165,7 +166,7 @@ def test_what_a_step_makes_survives_saving(kind: str, name: str, tmp_path: Path)
 @pytest.mark.parametrize("kind", NEW)
 def test_smaller_models_are_opened_by_transformers(kind: str, tmp_path: Path) -> None:
     model = tiny_of(kind)
-    for name in ("prune.neurons", "prune.heads", "prune.layers"):
+    for name in ("prune.neurons", "prune.heads", "prune.layers", "prune.hidden"):
         if (kind, name) not in REFUSED:
             step(name)(**FIELDS[name]).apply(model, context(kind))
     model.touch()
@@ -288,8 +289,8 @@ def facts_of(kind: str, **options: object) -> Facts:
 @pytest.mark.parametrize(
     ("kind", "name", "fields", "message"),
     [
-        ("gpt2", "prune.hidden", {"fraction": 0.5, "round_to": 16}, "config of a gpt2 cannot say"),
-        ("gemma", "prune.hidden", {"fraction": 0.5, "round_to": 16}, "embedding by the root of the width"),
+        ("gpt2", "prune.heads", {"groups": 1}, "config of a gpt2 cannot say .* prune.hidden, where heads go with the"),
+        ("gpt2", "prune.hidden", {"fraction": 0.2, "round_to": 4}, "a multiple of 8, for whole heads of 8 channels"),
         ("gemma2", "prune.neurons", {"fraction": 0.5, "update": "stream"}, "a norm stands before it"),
         ("gemma3_text", "prune.heads", {"groups": 1, "update": "stream"}, "a norm stands before it"),
         ("gemma2", "prune.layers", {"count": 1, "update": "stream"}, "a norm stands before it"),

@@ -229,7 +229,7 @@ def plan(place: Path, release: str = CHECK, step: str = RTN, export: str = "[]",
             {"step": "prune.heads: {groups: 1}"},
             "heads: the config of a bert cannot say .* use prune.neurons or prune.la",
         ),
-        ({"step": "prune.hidden: {fraction: 0.5}"}, "hidden: the config of a bert cannot say that heads and width"),
+        ({"step": "prune.hidden: {fraction: 0.5}"}, "hidden: fraction=0.5 of 32 channels removes none"),
         ({"step": "quantize.awq: {group_size: 16}"}, "awq: takes language models, and bert here tells classes"),
         ({"step": "quantize.awq: {group_size: 16}"}, "prune.magnitude, prune.neurons, prune.sparsegpt, prune.wanda, q"),
         ({"step": "distill.logits: {tokens: 64}"}, "distill.logits: takes language models"),
@@ -243,6 +243,7 @@ def test_what_does_not_work_is_refused_before_weights_load(
 ) -> None:
     facts = tiny_classifier().facts
     refusals.check(plan(tmp_path, release="label_divergence: {{max_mean: 0.1}}"), facts)
+    refusals.check(plan(tmp_path, step="prune.hidden: {fraction: 0.5, round_to: 16}"), facts)
     with pytest.raises(RecipeError, match=message) as error:
         refusals.check(plan(tmp_path, **changes), facts)
     assert "\n" not in str(error.value) and "recipe.yaml:" in str(error.value)

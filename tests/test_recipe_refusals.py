@@ -283,8 +283,12 @@ def test_an_exporter_judges_the_architecture() -> None:
 
 
 def test_a_plug_in_that_names_itself_is_named_once() -> None:
-    narrow = "prune.hidden: {fraction: 0.5, round_to: 16}"
-    assert refusal(recipe(f"  - {narrow}\n"), GPT2).startswith("recipe.yaml:9:5  steps[0] prune.hidden: the config of")
+    fewer = "prune.heads: {groups: 1}"
+    assert refusal(recipe(f"  - {fewer}\n"), GPT2).startswith("recipe.yaml:9:5  steps[0] prune.heads: the config of")
+    narrow = "  - prune.hidden: {fraction: 0.5, round_to: ROUND}\n"
+    message = refusal(recipe(narrow.replace("ROUND", "64")), GPT2)  # one of two heads, and 64 channels
+    assert message.startswith("recipe.yaml:9:5  steps[0] prune.hidden: fraction=0.5 of 64 channels removes none")
+    assert refusals.check(recipe(narrow.replace("ROUND", "16")), GPT2) == []
     place = r"^recipe\.yaml:9:30  steps\[0\] quantize\.hqq\.encoding: found 'nf4': quantize\.hqq chooses integer codes"
     with pytest.raises(RecipeError, match=place):
         recipe("  - quantize.hqq: {encoding: nf4}\n")

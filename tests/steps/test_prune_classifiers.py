@@ -127,7 +127,7 @@ def test_a_token_counts_by_the_size_of_the_sum_that_the_norm_divides_by(kind: st
         *((kind, SHORTER[0], {**SHORTER[1], "update": u}) for kind in ALL for u in ("none", "stream")),
         *((kind, SHORTER[0], {"count": 1}) for kind in ALL),
         ("llama", "prune.heads", {"groups": 1, "queries": 1, "criterion": "fisher", "update": "stream"}),
-        ("llama", "prune.hidden", {"fraction": 0.5, "round_to": 16}),
+        *((kind, "prune.hidden", {"fraction": 0.5, "round_to": 16}) for kind in ALL),
     ],
 )
 def test_the_smaller_classifier_is_an_ordinary_one(
@@ -145,11 +145,15 @@ def test_the_smaller_classifier_is_an_ordinary_one(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "fields"), [("prune.heads", {"groups": 1}), ("prune.hidden", {"fraction": 0.5})])
-def test_an_encoders_heads_and_width_go_together(kind: str, name: str, fields: dict[str, Any]) -> None:
+def test_an_encoders_heads_and_width_go_together(kind: str) -> None:
+    facts = tiny(kind).facts
     message = f"the config of a {kind} cannot say that heads and width no longer divide .* use prune.neurons or"
     with pytest.raises(RecipeError, match=message):
-        step(name)(**fields).check(tiny(kind).facts)
+        step("prune.heads")(groups=1).check(facts)
+    with pytest.raises(RecipeError, match="fraction=0.2 of 32 .* a multiple of 8, for whole heads of 8 channels"):
+        step("prune.hidden")(fraction=0.2, round_to=4).check(facts)
+    after = step("prune.hidden")(fraction=0.25, round_to=4).facts_after(facts)
+    assert (after.sizes["residual"], after.sizes["pooled"], after.heads, after.kv_heads) == (24, 24, 3, 3)
 
 
 @pytest.mark.parametrize("kind", ALL)

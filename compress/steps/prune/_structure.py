@@ -102,7 +102,7 @@ def refuse_split_width(facts: Facts, step: str) -> None:
     if facts.architecture.splits_width:
         raise RecipeError(
             f"{step}: the config of a {facts.architecture.model_type} cannot say that heads and width no longer "
-            "divide as they did; use prune.neurons or prune.layers"
+            "divide as they did; use prune.neurons or prune.layers, or prune.hidden, where heads go with the width"
         )
 
 
