@@ -220,8 +220,9 @@ class Facts:
     def readers(self) -> dict[str, tuple[str, ...]]:
         """Norm → linears that read the residual stream behind it, by full names, in the order of computation.
 
-        Of one stack of blocks: an encoder-decoder has two.
+        Not for an encoder-decoder, which has two stacks of blocks.
         """
+        assert not self.paired
         arch = self.architecture
         blocks = [f"{arch.blocks}.{i}" for i in range(self.layers)]
         norms = [f"{block}.{norm}" for block in blocks for norm in arch.block_norms]

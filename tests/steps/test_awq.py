@@ -12,7 +12,7 @@ from compress.steps.quantize._fields import round_to_nearest
 from compress.steps.quantize._folding import fold
 from compress.steps.quantize.awq import channel_scales, output_error
 from tests.inputs import inputs_of, windows
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.tiny import byte_tokenizer, tiny_model, tiny_module
 
 INT4 = Encoding("int4", 16)
 WINDOW = [list(range(3, 60))]
@@ -182,6 +182,20 @@ def test_stored_tensors_are_not_scaled_and_floats_need_no_scale():
         f"{gain.removesuffix('.weight')}: not scaled, since {gain} is stored in an encoding already"
     ]
     assert torch.equal(model.parameter(later), before)  # neither reader holds codes
+
+
+def test_norms_of_linears_that_are_left_out_or_need_no_scale_keep_every_bit():
+    model = Model(tiny_module("gemma"), byte_tokenizer())
+    model.module.generation_config.eos_token_id = 1
+    gains = {n: p.detach().clone() for n, p in model.module.named_parameters() if n.endswith("layernorm.weight")}
+    assert any(not torch.equal((g + 1) / 1 - 1, g) for g in gains.values())  # what folding ones would do
+    changed = "model.layers.0.post_attention_layernorm.weight"
+    step("quantize.awq")(layers=["*.0.mlp.up_proj"]).apply(model, Context(seed=0, calibration=windows(8)))
+    assert [n for n, g in gains.items() if not torch.equal(model.parameter(n), g)] == [changed]
+    model = Model(tiny_module("gemma"), byte_tokenizer())
+    model.module.generation_config.eos_token_id = 1
+    step("quantize.awq")(alphas=1).apply(model, Context(seed=0, calibration=windows(8)))  # α = 0 alone
+    assert all(torch.equal(model.parameter(n), g) for n, g in gains.items())
 
 
 @pytest.mark.model

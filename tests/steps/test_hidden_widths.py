@@ -245,7 +245,7 @@ def test_refitted_readers_stay_nearer(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_norms_ratio_is_that_of_what_it_divides_by(kind: str) -> None:
+def test_a_norms_ratio_is_that_of_root_mean_squares_about_the_mean_of_all(kind: str) -> None:
     model = tiny(kind)
     arch, given = model.facts.architecture, calibration(model)
     norms, _ = read(model, given, lambda label, share: None)
@@ -337,6 +337,7 @@ def test_first_tokens_count_as_much_as_all_others(kind: str) -> None:
             {"fraction": 0.2, "round_to": 4},
             "of 8, for whole heads of 8 channels and round_to=4; raise fraction$",
         ),
+        ("llama", {"fraction": 0.2, "round_to": 16}, "a multiple of round_to=16; raise fraction or lower round_to$"),
         ("roberta", {"fraction": 0.2, "round_to": 8}, "a multiple of round_to=8; raise fraction$"),
         ("gemma", {"fraction": 0.4}, "rounded up to a multiple of round_to=32; raise fraction or lower round_to$"),
         (

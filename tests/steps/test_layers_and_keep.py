@@ -10,6 +10,7 @@ from compress.errors import RecipeError
 from compress.interfaces import Context
 from compress.numerics.hessian import Hessian
 from compress.plugin import step
+from compress.scarcity import scarcity
 from tests.recipes import SMOL, recipe
 from tests.tiny import tiny_model
 
@@ -67,6 +68,22 @@ def test_second_moments_are_summed_of_the_inputs_alone_that_weights_are_fitted_t
     chosen.apply(model, Context(seed=0, calibration=WINDOWS))
     assert summed == {"model.layers.1.mlp.gate_proj"}  # the first of the linears that share that input
     assert chosen.hessians(model.facts) == chosen.solved(model.facts) == {"model.layers.0.mlp.gate_proj": 32}
+    stored = {name: held.encoding for name, held in model.encoded.items()}
+    assert stored == dict(chosen.encodings(model.facts))  # floats of a stage that is not solved among them
+
+
+def test_a_head_that_is_solved_for_counts_among_the_inputs(monkeypatch):
+    chosen, summed = step("quantize.gptq")(layers=["*.q_proj"], keep={"*.q_proj": "fp16"}, embeddings="int4"), set()
+    assert chosen.hessians(SMOL) == {SMOL.architecture.embedding: 576} and chosen.hessians(SMOL) == chosen.solved(SMOL)
+    assert "100 calibration tokens for 576 input channels of model.embed_tokens: " in scarcity(chosen, SMOL, 100)
+    own = Hessian.add
+    monkeypatch.setattr(Hessian, "add", lambda self, X: (summed.add(self._name), own(self, X))[1])
+    for tied, head in ((True, TOKENS), (False, HEAD)):
+        model = tiny_model(tie_word_embeddings=tied)
+        chosen.apply(model, Context(seed=0, calibration=WINDOWS))
+        assert summed == {head} and {f"{n}.weight" for n in chosen.hessians(model.facts)} == summed
+        summed.clear()
+    assert step("quantize.gptq")(layers=["*.q_proj"], keep={"*.q_proj": "fp16"}).hessians(SMOL) == {}  # int8
 
 
 @pytest.mark.parametrize("method", FIELDS)

@@ -252,6 +252,12 @@ def test_dead_channels_are_reported(name):
     step(name)(sparsity=0.5).apply(model, context)
     assert any("3 input channels were zero" in note for note in context.notes)  # seen by q, k and v
     assert any("50.00%" in note for note in context.notes)
+    model = tiny_model()
+    model.parameter("model.layers.0.input_layernorm.weight").data[3] = 0.0
+    model.parameter("model.layers.1.post_attention_layernorm.weight").data[5] = 0.0
+    context = Context(seed=0, calibration=windows(2))
+    step(name)(sparsity=0.5, layers={"*.k_proj": 0.0, "*.mlp.*": 0.0}).apply(model, context)
+    assert any("2 input channels were zero" in note for note in context.notes)  # of q and v, which lose weights
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -70,7 +70,10 @@ class Norm:
             self.reading.add(normed, counts)
 
     def ratio(self, kept: Tensor) -> float:
-        """The root mean square of the channels `kept` over that of all."""
+        """The root mean square of the channels `kept` over that of all; about the mean of all, where the norm centres.
+
+        The mean of those kept is nearer to them: by one part in twice their number or so, the ratio is too large then.
+        """
         whole = float(self.energy.mean())
         return math.sqrt(float(self.energy[kept].mean()) / whole) if whole else 1.0
 
@@ -172,8 +175,9 @@ def keep_embedding_scale(model: Model, width: int) -> None:
     factor = math.sqrt(model.facts.sizes["residual"] / width)
     embedding: Any = model.module.get_input_embeddings()
     embedding.weight.data.mul_(factor)
-    embedding.scalar_embed_scale = width**0.5
-    embedding.embed_scale.fill_(width**0.5)
+    if hasattr(embedding, "embed_scale"):  # before transformers 5.4, Gemma 1 and 2 read the width from the config
+        embedding.scalar_embed_scale = width**0.5
+        embedding.embed_scale.fill_(width**0.5)
     if model.facts.tied:
         scale_gain(model, model.facts.architecture.final_norm, 1 / factor)
 

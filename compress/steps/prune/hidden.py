@@ -27,8 +27,8 @@ class Hidden(Step):
 
     A channel's worth is the sum over the norms of its share in ‖W_:j‖₂ · ‖X_j‖₂, with W the linears that read the
     norm's output X (for the last norm the head, or an encoder's pooler), measured on the model as it is. A norm over
-    fewer channels divides by another root mean square, or deviation: its gains are multiplied by the ratio of the two
-    over the calibration tokens.
+    fewer channels divides by another root mean square, or deviation: its gains are multiplied by the ratio of the two,
+    that of deviations about the mean of all channels, over the calibration tokens.
     round_to: the width left is a multiple of it, rounded up. update: the reading linears' other weights and biases are
     set by least squares to come nearest to their old outputs, with a ridge towards the old weights; a head tied to the
     embedding stays as it is. ridge: λ as a fraction of the mean diagonal of the inputs' second moments.
@@ -58,7 +58,8 @@ class Hidden(Step):
             reason = f"round_to={self.round_to}"
             if multiple != self.round_to:
                 reason = f"{multiple}, for whole heads of {facts.head_size} channels and {reason}"
-            remedy = "raise fraction" if multiple == facts.head_size else "raise fraction or lower round_to"
+            bound = facts.architecture.splits_width and multiple == facts.head_size
+            remedy = "raise fraction" if bound else "raise fraction or lower round_to"
             raise RecipeError(
                 f"fraction={self.fraction} of {width} channels removes none, as those that stay are rounded up to a "
                 f"multiple of {reason}; {remedy}"
@@ -146,7 +147,8 @@ class Hidden(Step):
         if self.update:
             refit(self.name, name, linear, sums, kept["q"], self.ridge)
         select_axis(before, block.module, kept)
-        remember(block.module, after)
+        wide = {**after.sizes, "residual": before.sizes["residual"]}  # as the stream still is
+        remember(block.module, replace(after, sizes=wide))
 
     def _adapt(self, model: Model, norm: Norm, kept: Tensor) -> None:
         """Write, at full width still, what the kept channels of a norm and of its readers are to hold."""

@@ -35,6 +35,7 @@ class Awq(WeightQuantization):
     """
 
     name: ClassVar[str] = "quantize.awq"
+    version: ClassVar[int] = 2
     uses_calibration: ClassVar[bool] = True
 
     alphas: int = Field(20, ge=1)
@@ -59,6 +60,8 @@ class Awq(WeightQuantization):
                     context.notes.append(f"{source}: not scaled, since {held} is stored in an encoding already")
                     continue
                 s = self._best_scales(model, readers, moments[readers[0]], chosen)
+                if bool((s == 1).all()):  # a gain with an offset would lose bits for nothing
+                    continue
                 fold(model, source, readers, s)
                 for name in readers:
                     moments[name] = moments[name] / s.outer(s)

@@ -64,8 +64,11 @@ class Gptq(WeightQuantization):
     refinement: int = Field(0, ge=0)
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
-        """That of the widest input that is solved for: the stages of a block take turns."""
-        found = facts.inputs_of(_coded(self.encodings(facts)))
+        """That of the widest input that is solved for: the stages of a block take turns, and the head comes last."""
+        chosen = self.encodings(facts)
+        found = facts.inputs_of(_coded(chosen))
+        if (head := _solved_head(facts, chosen)) is not None:
+            found[head.removesuffix(".weight")] = facts.sizes["residual"]
         widest = max(found, key=found.__getitem__, default="")
         return {widest: found[widest]} if found else {}
 
@@ -80,14 +83,13 @@ class Gptq(WeightQuantization):
         chosen = self.encodings(model.facts)
         refuse_encoded(model, chosen)
         search = self.range == "mse"
-        head = _head(model)
-        solved = head is not None and head in chosen and chosen[head].is_coded and chosen[head].bits < 8
+        head = _solved_head(model.facts, chosen)
         left = self._quantize_blocks(model, chosen, context)
-        if not solved:
+        if head is None:
             left.clear()
         for name in sorted(chosen.keys() - {f"{linear}.weight" for linear in model.facts.linears}):
             context.progress(f"rounding {name}", 1.0)
-            if solved and name == head:
+            if name == head:
                 self._quantize_head(model, name, chosen[name], left, context)
             else:
                 model.store(name, round_to_nearest(name, model.parameter(name).detach(), chosen[name], search))
@@ -321,12 +323,11 @@ def _drift(originals: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _head(model: Model) -> str | None:
-    """The tensor that gives the logits of a language model."""
-    facts = model.facts
-    if facts.labels:
-        return None
-    return facts.embedding_tensor if facts.tied else f"{facts.architecture.head}.weight"
+def _solved_head(facts: Facts, chosen: Mapping[str, Encoding]) -> str | None:
+    """The tensor that gives the logits of a language model, where it is solved for and not rounded to nearest."""
+    head = facts.embedding_tensor if facts.tied else f"{facts.architecture.head}.weight"
+    coded = head in chosen and chosen[head].is_coded and not facts.labels
+    return head if coded and chosen[head].bits < 8 else None
 
 
 def _split_rows(encoded: EncodedTensor, rows: list[int]) -> list[EncodedTensor]:
