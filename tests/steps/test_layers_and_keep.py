@@ -58,6 +58,7 @@ def test_a_step_leaves_the_linears_that_no_pattern_matches_as_they_are(method):
     [
         ("quantize.gptq", {"layers": ["*.1.mlp.*"], "keep": {"*.down_proj": "fp16"}}),
         ("quantize.awq", {"layers": ["*.1.mlp.up_proj"], "alphas": 2}),
+        ("quantize.awq", {"layers": ["*.1.mlp.*", "*.o_proj"], "keep": {"*.down_proj": "fp16", "*.o_proj": "bf16"}}),
         ("prune.sparsegpt", {"sparsity": 0.5, "layers": {"*": 0.0, "*.1.mlp.up_proj": 0.25}}),
     ],
 )

@@ -149,6 +149,11 @@ def refuse_encoded(model: Model, names: Mapping[str, Encoding]) -> None:
             )
 
 
+def coded(chosen: Mapping[str, Encoding]) -> set[str]:
+    """The tensors that get codes, which calibration may fit; the others are rounded to floats."""
+    return {tensor for tensor, encoding in chosen.items() if encoding.is_coded}
+
+
 def fit_grid(W: Tensor, encoding: Encoding, importance: Tensor | None, search: bool) -> Grid | CodebookGrid:
     """The grid of an encoding with codes for W (n, g, k), as `affine.fit` and `codebook.fit` choose it."""
     from compress.numerics import affine, codebook

@@ -8,7 +8,7 @@ quantize.rtn, weighted by the inputs' second moments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -16,7 +16,7 @@ from pydantic import Field
 from compress.encodings import Encoding
 from compress.errors import NumericalError
 from compress.interfaces import Context
-from compress.steps.quantize._fields import WeightQuantization, fit_grid, refuse_encoded, round_to_nearest
+from compress.steps.quantize._fields import WeightQuantization, coded, fit_grid, refuse_encoded, round_to_nearest
 from compress.steps.quantize._folding import fixed, fold, note_silence
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class Awq(WeightQuantization):
     range: Literal["minmax", "mse"] = "mse"
 
     def hessians(self, facts: Facts) -> Mapping[str, int]:
-        """Of every input of a block that a chosen linear reads, at once."""
-        return facts.inputs_of(self.encodings(facts))
+        """Of every input of a block that a linear to get codes reads, at once."""
+        return facts.inputs_of(coded(self.encodings(facts)))
 
     def apply(self, model: Model, context: Context) -> None:
         """Scale and round every block in turn, each fed by the rounded ones before it, then the embeddings."""
@@ -52,7 +52,7 @@ class Awq(WeightQuantization):
         chosen = self.encodings(model.facts)
         refuse_encoded(model, chosen)
         for block in walk(model, context.calibration, context.progress):
-            moments = _second_moments(block, context, chosen)
+            moments = _second_moments(block, context, coded(chosen))
             for source, readers in model.facts.folds(block.index):
                 if readers[0] not in moments:
                     continue
@@ -82,11 +82,11 @@ class Awq(WeightQuantization):
         """
         import torch
 
-        coded = [(t, chosen[t]) for t in (f"{name}.weight" for name in readers) if t in chosen and chosen[t].is_coded]
+        those = [(t, chosen[t]) for t in (f"{name}.weight" for name in readers) if t in coded(chosen)]
         best, least = torch.ones(len(H)), torch.inf
-        for i in range(self.alphas if coded else 0):
+        for i in range(self.alphas if those else 0):
             s = channel_scales(H, i / self.alphas)
-            error = sum(output_error(model.parameter(t).detach(), s, H, encoding) for t, encoding in coded)
+            error = sum(output_error(model.parameter(t).detach(), s, H, encoding) for t, encoding in those)
             if error < least:
                 best, least = s, error
         return best
@@ -122,11 +122,11 @@ def output_error(W: Tensor, s: Tensor, H: Tensor, encoding: Encoding) -> float:
     return float((E @ H).mul_(E).sum())
 
 
-def _second_moments(block: Block, context: Context, chosen: Mapping[str, Encoding]) -> dict[str, Tensor]:
-    """Σ xxᵀ over the calibration tokens, (m, m), per linear; those of a stage, of which one is chosen, share one."""
+def _second_moments(block: Block, context: Context, wanted: Container[str]) -> dict[str, Tensor]:
+    """Σ xxᵀ over the calibration tokens, (m, m), per linear of a stage with a wanted tensor, which share one."""
     from compress.numerics.hessian import Hessian
 
-    stages = [names for names in block.stages if any(f"{name}.weight" in chosen for name in names)]
+    stages = [names for names in block.stages if any(f"{name}.weight" in wanted for name in names)]
     hessians = {names: Hessian(block.linears[names[0]].in_features, names[0]) for names in stages}
     block.observe(lambda names, X: hessians[names].add(X) if names in hessians else None)
     for names, hessian in hessians.items():

@@ -15,7 +15,14 @@ from pydantic import Field
 from compress.encodings import EncodedTensor, Encoding
 from compress.errors import NumericalError
 from compress.interfaces import Context
-from compress.steps.quantize._fields import WeightQuantization, fit_grid, join_rows, refuse_encoded, round_to_nearest
+from compress.steps.quantize._fields import (
+    WeightQuantization,
+    coded,
+    fit_grid,
+    join_rows,
+    refuse_encoded,
+    round_to_nearest,
+)
 from compress.steps.quantize._folding import note_silence
 from compress.steps.quantize._refinement import refine
 
@@ -66,7 +73,7 @@ class Gptq(WeightQuantization):
     def hessians(self, facts: Facts) -> Mapping[str, int]:
         """That of the widest input that is solved for: the stages of a block take turns, and the head comes last."""
         chosen = self.encodings(facts)
-        found = facts.inputs_of(_coded(chosen))
+        found = facts.inputs_of(coded(chosen))
         if (head := _solved_head(facts, chosen)) is not None:
             found[head.removesuffix(".weight")] = facts.sizes["residual"]
         widest = max(found, key=found.__getitem__, default="")
@@ -137,9 +144,9 @@ class Gptq(WeightQuantization):
     def _quantize_block(self, model: Model, block: Block, chosen: Mapping[str, Encoding], context: Context) -> None:
         from compress.numerics.hessian import Hessian
 
-        coded = _coded(chosen)
+        solved = coded(chosen)
         for names, inputs in block.stages_in_turn(last=True):
-            if not any(f"{name}.weight" in coded for name in names):
+            if not any(f"{name}.weight" in solved for name in names):
                 self._quantize_stage(model, names, chosen, None)
                 continue
             hessian, before = Hessian(block.linears[names[0]].in_features, names[0]), block.originals.pop(names[0], [])
@@ -269,11 +276,6 @@ def solve(
     return found
 
 
-def _coded(chosen: Mapping[str, Encoding]) -> set[str]:
-    """The tensors that are solved for; floats are rounded."""
-    return {tensor for tensor, encoding in chosen.items() if encoding.is_coded}
-
-
 def _revived(H: Tensor) -> Tensor:
     """H (m, m) with ones on the diagonal for channels that never fire; itself where there is none."""
     import torch
@@ -326,8 +328,7 @@ def _drift(originals: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
 def _solved_head(facts: Facts, chosen: Mapping[str, Encoding]) -> str | None:
     """The tensor that gives the logits of a language model, where it is solved for and not rounded to nearest."""
     head = facts.embedding_tensor if facts.tied else f"{facts.architecture.head}.weight"
-    coded = head in chosen and chosen[head].is_coded and not facts.labels
-    return head if coded and chosen[head].bits < 8 else None
+    return head if head in coded(chosen) and chosen[head].bits < 8 and not facts.labels else None
 
 
 def _split_rows(encoded: EncodedTensor, rows: list[int]) -> list[EncodedTensor]:
